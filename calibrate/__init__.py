@@ -1,0 +1,1 @@
+"""Calibration: learn routers and ratios. Nothing here knows of graphs."""

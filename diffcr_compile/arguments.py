@@ -1,0 +1,90 @@
+"""A call's arguments as named leaves: the one way in which capture, routed blocks and ``record`` look at a call.
+
+A *bound call* is a dictionary from parameter name to value, whether the caller passed it by position or by name
+(surplus positional arguments of a ``*args`` parameter are named ``*0``, ``*1``, ...). A *leaf* is anything below it that
+is no tuple, list or dict; its *path* is the parameter's name followed by indices and keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Path = tuple[str | int, ...]
+Signature = tuple[tuple[Path, object], ...]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of ``function`` that may be given by position, without a leading ``self``."""
+    parameters = inspect.signature(function).parameters.values()
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
+    return names[1:] if names[:1] == ("self",) else names
+
+
+def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Bound call of ``f(*args, **kwargs)`` where ``names`` are ``f``'s positional parameters; the order of keys is theirs,
+    then alphabetical, however the caller wrote the call."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    bound = {name: given.pop(name) for name in names if name in given}
+    for index, value in enumerate(args[len(names) :]):
+        bound[f"*{index}"] = value
+    for key in sorted(given):
+        bound[key] = given[key]
+    return bound
+
+
+def unbind_arguments(names: tuple[str, ...], bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inverse of :func:`bind_arguments`: by position as far as the leading names are present, the rest by name."""
+    args: list[Any] = []
+    for name in names:
+        if name not in bound:
+            break
+        args.append(bound[name])
+    surplus = [key for key in bound if key.startswith("*")]
+    args.extend(bound[key] for key in surplus)
+    taken = {*names[: len(args)], *surplus}
+    return tuple(args), {key: value for key, value in bound.items() if key not in taken}
+
+
+def iterate_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf below ``value``, in order, with its path. ``None`` is a leaf; an empty container has none."""
+    if type(value) in (tuple, list):
+        for index, item in enumerate(value):
+            yield from iterate_leaves(item, (*path, index))
+    elif type(value) is dict:
+        for key, item in value.items():
+            yield from iterate_leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()) -> Any:
+    """``value`` with every leaf replaced by ``function(path, leaf)``; containers are made anew."""
+    if type(value) in (tuple, list):
+        return type(value)([map_leaves(function, item, (*path, index)) for index, item in enumerate(value)])
+    if type(value) is dict:
+        return {key: map_leaves(function, item, (*path, key)) for key, item in value.items()}
+    return function(path, value)
+
+
+def signature_of(bound: dict[str, Any]) -> Signature:
+    """What a routing plan is valid for: each leaf's path with a tensor's rank or the leaf's type.
+
+    ``None`` counts as absent: a block may be called with an optional argument left out or given as ``None``.
+    """
+    return tuple(
+        (path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf))
+        for path, leaf in iterate_leaves(bound)
+        if leaf is not None
+    )
+
+
+def leaf_name(path: Path) -> str:
+    """``("rope", 0)`` as ``rope_0``: a valid identifier for graphs and messages."""
+    text = "_".join(str(part).replace("*", "arg") for part in path)
+    return "".join(character if character.isalnum() else "_" for character in text)

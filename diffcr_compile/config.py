@@ -1,0 +1,137 @@
+"""Options, as frozen dataclasses that validate once and survive JSON.
+
+Each carries a ``type`` and a ``version`` in its dictionary form, so that a file written by another version is refused
+with a reason instead of being half understood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Self, get_args
+
+Gate = Literal["exact", "sigmoid"]
+Skip = Literal["identity"]
+Context = Literal["kept"]
+Preset = Literal["default", "paper"]
+Trainable = Literal["all", "routers"]
+Scope = Literal["auto", "full", "regional"]
+
+
+class _Options:
+    """Dictionary form of an options dataclass: its fields, plus ``type`` and ``version``."""
+
+    version: ClassVar[int] = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary with the keys ``type`` and ``version`` beside the fields."""
+        return {"type": type(self).__name__, "version": self.version, **asdict(self)}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`. Raises ``ValueError`` for another type, a newer version or unknown keys."""
+        data = dict(data)
+        kind, version = data.pop("type", None), data.pop("version", None)
+        if kind != cls.__name__:
+            raise ValueError(f"expected options of type {cls.__name__!r}, found {kind!r}")
+        if not isinstance(version, int) or version > cls.version:
+            raise ValueError(f"{cls.__name__} version {version!r} is not known here (newest known: {cls.version})")
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no option named {', '.join(map(repr, unknown))}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], found {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, found {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffCRConfig(_Options):
+    """How blocks are found and routed.
+
+    num_regions: timestep regions of equal width, >= 1 (4 in the paper's section 4 for 20 sampling steps).
+    skip: what a skipped token leaves a block with; ``"identity"``: what it came in with (the paper).
+    context: which tokens give keys and values; ``"kept"``: the kept ones (the paper).
+    gate: how the router's score enters a kept token. ``"exact"``: value one, gradient of log-sigmoid. ``"sigmoid"``: the
+        paper's, which multiplies the update and so changes a routed block's values from the start.
+    min_flops_share: families of blocks with a smaller share of the model's FLOPs stay dense, in [0, 1].
+    timestep_argument: name of the model's timestep input; None: found by dataflow.
+    timestep_range: (lowest, highest) timestep value of the training process; None: from the constant the model
+        multiplies the timestep by before its sinusoidal embedding.
+    """
+
+    num_regions: int = 4
+    skip: Skip = "identity"
+    context: Context = "kept"
+    gate: Gate = "exact"
+    min_flops_share: float = 0.02
+    timestep_argument: str | None = None
+    timestep_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_regions, bool) or not isinstance(self.num_regions, int) or self.num_regions < 1:
+            raise ValueError(f"num_regions must be an integer >= 1, found {self.num_regions!r}")
+        _check_choice("skip", self.skip, get_args(Skip))
+        _check_choice("context", self.context, get_args(Context))
+        _check_choice("gate", self.gate, get_args(Gate))
+        _check_share("min_flops_share", self.min_flops_share)
+        if self.timestep_range is not None:
+            low, high = self.timestep_range
+            if not low < high:
+                raise ValueError(f"timestep_range must be (lowest, highest), found {self.timestep_range!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(_Options):
+    """How routers and ratios are learned.
+
+    trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper); ``"routers"``: weights frozen.
+    steps: optimiser steps, >= 1.
+    learning_rate: of the model's weights (the paper: 1e-4, AdamW).
+    router_learning_rate, ratio_learning_rate: of the routers and of the ratios.
+    weight_decay: of the model's weights (the paper: 3e-2).
+    budget_weight: weight of the squared distance from the scheduled budget, relative to the distillation loss (the
+        paper: 0.3 on the diffusion loss).
+    ramp: share of the steps over which the scheduled budget moves from the table's present share to the target, in [0, 1].
+    settle: share of the steps, at the end, in which the snapped table is fixed and the rest goes on learning, in [0, 1].
+    max_grad_norm: gradients of weights and routers are clipped to this norm.
+    warm_start: fit each router by ridge regression on what its block does to each token before learning.
+    tolerance: the table's FLOPs end within this share of the budget, and never above it.
+    seed: seed of the order of the batches.
+    """
+
+    trainable: Trainable = "all"
+    steps: int = 300
+    learning_rate: float = 1e-4
+    router_learning_rate: float = 1e-3
+    ratio_learning_rate: float = 1e-2
+    weight_decay: float = 3e-2
+    budget_weight: float = 0.3
+    ramp: float = 0.5
+    settle: float = 0.25
+    max_grad_norm: float = 1.0
+    warm_start: bool = True
+    tolerance: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("trainable", self.trainable, get_args(Trainable))
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be an integer >= 1, found {self.steps!r}")
+        for name in ("learning_rate", "router_learning_rate", "ratio_learning_rate", "max_grad_norm", "tolerance"):
+            _check_positive(name, getattr(self, name))
+        for name in ("ramp", "settle"):
+            _check_share(name, getattr(self, name))
+        if self.ramp + self.settle > 1:
+            raise ValueError(f"ramp + settle must be at most 1, found {self.ramp} + {self.settle}")

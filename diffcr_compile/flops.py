@@ -1,0 +1,21 @@
+"""Counting FLOPs with torch's own counter, every form of attention included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _cpu_flash_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+ATTENTION_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flops}
+"""Attention operators that ``torch.utils.flop_counter`` counts as zero."""
+
+
+def count_flops() -> FlopCounterMode:
+    """A quiet FLOP counter (a context manager; ``get_total_flops()``) that knows every SDPA operator of this torch."""
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)

@@ -1,0 +1,129 @@
+"""What the passes found, as frozen data: written by ``passes``, read by the run-time layers and by ``explain``.
+
+Axes are written as text: ``B`` batch, ``N`` the routed tokens, ``t0``, ``t1``, ... other lengths, digits for constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .arguments import Path, Signature
+
+Lift = Literal["direct", "inserted axis", "vmap", "loop"]
+"""How a block is called when each sample keeps other tokens; the last three where a side input has no batch axis."""
+
+Size = tuple[int, int]
+"""The size of one axis of one leaf: (leaf index, axis)."""
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """An axis that follows the tokens: ``before + N + after`` long, the other parts being sizes of other leaves' axes."""
+
+    axis: int
+    before: tuple[Size, ...] = ()
+    after: tuple[Size, ...] = ()
+
+    @property
+    def joint(self) -> bool:
+        """Whether other tokens share the axis with the routed ones."""
+        return bool(self.before or self.after)
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """One tensor (or other value) that the block is called with."""
+
+    path: Path
+    name: str
+    is_tensor: bool
+    dims: tuple[str, ...] = ()
+    token_axes: tuple[TokenAxis, ...] = ()
+    batch_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """One tensor of the block's output. ``source``: index of the leaf it is joined to by residual adds, if any."""
+
+    dims: tuple[str, ...]
+    batch_axis: int
+    routed: bool
+    source: int | None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How the blocks of one family are routed at one call signature.
+
+    arguments: the bound call, and outputs_template: the block's return value, each with tensors replaced by their index.
+    stream: index of the leaf that holds the routed tokens.
+    """
+
+    kind: str
+    positional: tuple[str, ...]
+    signature: Signature
+    arguments: dict[str, Any]
+    leaves: tuple[LeafPlan, ...]
+    output_template: Any
+    outputs: tuple[OutputPlan, ...]
+    stream: int
+    token_axis: int
+    batch_axis: int
+    width: int
+    attention: str
+    lift: Lift
+    error: float
+
+    @property
+    def can_skip_block(self) -> bool:
+        """Whether every output has an input to fall back on, so that a ratio of one may skip the block."""
+        return all(output.source is not None for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One routed module: its name in the model and its family."""
+
+    fqn: str
+    family: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Modules that stay dense, with the reason: one entry for all that share it."""
+
+    kind: str
+    fqns: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        others = f" and {len(self.fqns) - 1} more" if len(self.fqns) > 1 else ""
+        return f"{self.fqns[0]}{others} ({self.kind}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class TimestepPlan:
+    """The model's timestep input and the range of its values in training."""
+
+    argument: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What ``transform`` decided about a model. ``dense_flops``: of one forward on the inputs it was analysed with;
+    ``input_paths``: the leaves of the model's call; the batch axes: of its tensor leaves and of its output's, in order."""
+
+    families: tuple[BlockPlan, ...]
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+    timestep: TimestepPlan | None
+    timestep_note: str
+    input_paths: frozenset[Path]
+    input_batch_axes: dict[Path, int]
+    output_batch_axes: tuple[int, ...]
+    dense_flops: int
+    family_flops: tuple[int, ...]

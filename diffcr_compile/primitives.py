@@ -1,0 +1,167 @@
+"""The vocabulary of routed programs: select, gather, call, gate, scatter.
+
+Every function here is a node of the FX program that a pass writes for a block (``passes/route.py``); all are plain
+torch, traced by Dynamo and differentiable. Axes: B batch, N tokens, K kept tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import iterate_leaves, map_leaves
+
+
+def score_tokens(x: Tensor, weight: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """Router score of every token: float32 (B, N), the product of the token with the router's vector.
+
+    x: any float dtype, any order of axes, width last. weight: (D,). The product is written out and summed over the width,
+    so that a token's score does not depend on where in the batch it lies, as a matrix product's blocking may make it.
+    """
+    scores = (x.float() * weight.float()).sum(-1)
+    return scores if batch_axis < token_axis else scores.transpose(0, 1)
+
+
+def select_tokens(scores: Tensor, k: int) -> Tensor:
+    """Positions of the ``k`` highest scores of each sample, in rising order: int64 (B, K). 0 < k <= N."""
+    return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def place_indices(kept: Tensor, before: int, num_tokens: int, after: int) -> Tensor:
+    """Indices into a joint sequence of ``before + N + after`` tokens that leave out the skipped ones of its middle part.
+
+    kept: int64 (B, K) in [0, N). Returns int64 (B, before + K + after), rising if ``kept`` is.
+    """
+    batch = kept.shape[0]
+    head = torch.arange(before, device=kept.device).expand(batch, before)
+    tail = torch.arange(before + num_tokens, before + num_tokens + after, device=kept.device).expand(batch, after)
+    return torch.cat([head, kept + before, tail], dim=1)
+
+
+def take_tokens(x: Tensor, indices: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """Each sample's tokens ``indices`` (B, K) of ``x`` along ``token_axis``; a batch axis of size 1 is shared by all samples."""
+    batch = indices.shape[0]
+    if x.shape[batch_axis] != batch:
+        sizes = [-1] * x.ndim
+        sizes[batch_axis] = batch
+        x = x.expand(sizes)
+    return x.gather(token_axis, _spread(indices, x, token_axis, batch_axis))
+
+
+def take_shared_tokens(x: Tensor, indices: Tensor, token_axis: int) -> Tensor:
+    """Each sample's tokens of an ``x`` that has no batch axis: the result has one, in front."""
+    taken = x.index_select(token_axis, indices.flatten()).unflatten(token_axis, indices.shape)
+    return taken.movedim(token_axis, 0)
+
+
+def put_tokens(x: Tensor, indices: Tensor, update: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """``x`` with the tokens ``indices`` (B, K) replaced by ``update``; all others keep their bits."""
+    return x.scatter(token_axis, _spread(indices, update, token_axis, batch_axis), update.to(x.dtype))
+
+
+def take_scores(scores: Tensor, kept: Tensor) -> Tensor:
+    """Scores of the kept tokens: (B, K)."""
+    return scores.gather(1, kept)
+
+
+def gate_exact(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """``update`` as it is, with a gradient to the router as if the block's change were scaled by the sigmoid of the score.
+
+    f + (l - stop(l)) (f - x) with l = log sigmoid(score): the factor of the paper's gate divided by itself, written so that
+    it neither changes a value nor underflows (a quotient of sigmoids does, in half precision).
+    """
+    if not torch.is_grad_enabled():
+        return update
+    log_gate = torch.nn.functional.logsigmoid(scores)
+    slope = _along(log_gate - log_gate.detach(), x, token_axis, batch_axis)
+    return update + slope.to(update.dtype) * (update - x)
+
+
+def gate_sigmoid(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """The paper's gate: the block's change of a kept token is multiplied by the sigmoid of its score."""
+    gate = _along(scores.sigmoid(), x, token_axis, batch_axis)
+    return x + gate.to(update.dtype) * (update - x)
+
+
+def call_block(block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The original block on the kept tokens of the whole batch; its output's tensors in order."""
+    return tuple(_tensors(block(*args, **kwargs)))
+
+
+def call_per_sample(
+    block: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: tuple[int | None, ...],
+    own_batch: tuple[bool, ...],
+    out_axes: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """The original block under ``torch.vmap`` over samples, each with a batch of one.
+
+    ``axes`` gives, for every tensor leaf of (args, kwargs) in order, the axis that runs over samples (None: shared by all);
+    ``own_batch`` whether the block itself expects that axis, so that a slice gets it back with size one (a table that was
+    gathered per sample has an axis that the block does not know). ``out_axes``: the batch axis of each tensor output.
+    """
+    mapped = _tensors((args, kwargs))
+
+    def one_sample(*slices: Tensor) -> tuple[Tensor, ...]:
+        values = [
+            piece.unsqueeze(axis) if axis is not None and own else piece
+            for piece, axis, own in zip(slices, axes, own_batch, strict=True)
+        ]
+        sample_args, sample_kwargs = _with_tensors((args, kwargs), values)
+        outputs = _tensors(block(*sample_args, **sample_kwargs))
+        return tuple(output.squeeze(axis) for output, axis in zip(outputs, out_axes, strict=True))
+
+    return torch.vmap(one_sample, in_dims=axes, out_dims=out_axes, randomness="different")(*mapped)
+
+
+def call_in_loop(
+    block: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: tuple[int | None, ...],
+    own_batch: tuple[bool, ...],
+    out_axes: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """As :func:`call_per_sample`, one call of the block after the other."""
+    mapped = _tensors((args, kwargs))
+    batch = next(leaf.shape[axis] for leaf, axis in zip(mapped, axes, strict=True) if axis is not None)
+    columns: list[list[Tensor]] = []
+    for sample in range(batch):
+        values = [
+            leaf if axis is None else (leaf.narrow(axis, sample, 1) if own else leaf.select(axis, sample))
+            for leaf, axis, own in zip(mapped, axes, own_batch, strict=True)
+        ]
+        sample_args, sample_kwargs = _with_tensors((args, kwargs), values)
+        columns.append(_tensors(block(*sample_args, **sample_kwargs)))
+    return tuple(torch.cat(column, dim=axis) for column, axis in zip(zip(*columns, strict=True), out_axes, strict=True))
+
+
+def _spread(indices: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """``indices`` (B, K) as a view with the rank of ``x``, repeated over its other axes."""
+    sizes = list(x.shape)
+    sizes[token_axis] = indices.shape[1]
+    return _along(indices, x, token_axis, batch_axis).expand(sizes)
+
+
+def _along(values: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+    """``values`` (B, K) laid along the batch and token axes of ``x``, with size one elsewhere."""
+    if token_axis < batch_axis:
+        values = values.transpose(0, 1)
+    sizes = [1] * x.ndim
+    sizes[batch_axis], sizes[token_axis] = (values.shape if batch_axis < token_axis else values.shape[::-1])
+    return values.reshape(sizes)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for _, leaf in iterate_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _with_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """``value`` with its tensor leaves replaced in order."""
+    remaining = iter(tensors)
+    return map_leaves(lambda _, leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, value)

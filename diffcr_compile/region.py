@@ -1,0 +1,145 @@
+"""Which timestep region a forward lies in: decided by the timestep's value at the root, once per forward.
+
+A batch whose samples lie in different regions is split at the root: the forward under way serves the first region, and
+when it ends the others are run and all are put together again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_arguments
+from .errors import CaptureError, UnsupportedError
+from .plan import TimestepPlan
+from .routed import ModelRouting, routing_of
+from .table import sync_with_masters
+
+_SLACK = 1e-3
+"""Share of the timestep range by which rounding may carry a value past its ends."""
+
+
+def add_region_hooks(model: nn.Module) -> None:
+    """Resolve the region before every forward of the root, and finish a split batch after it."""
+    model.register_forward_pre_hook(_enter, with_kwargs=True)
+    model.register_forward_hook(_leave, with_kwargs=True)
+
+
+def remove_region_hooks(model: nn.Module) -> None:
+    """Inverse of :func:`add_region_hooks`, on copies of the model too."""
+    for hooks, hook, flags in (
+        (model._forward_pre_hooks, _enter, model._forward_pre_hooks_with_kwargs),
+        (model._forward_hooks, _leave, model._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, value in hooks.items() if value is hook]:
+            del hooks[key]
+            flags.pop(key, None)
+
+
+def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> list[int]:
+    """Region of each sample, 0 the cleanest: one entry where all share a timestep. One read of the timestep by the host.
+
+    values: a number, or a tensor of one value, of one per sample (B,), or of one per token (B, ...), whose largest counts.
+    Raises ValueError outside the range of training, which is fixed at ``transform``.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach()
+        values = values.reshape(values.shape[0], -1).amax(dim=1) if values.ndim > 1 else values.reshape(-1)
+        numbers = [float(value) for value in values.tolist()]
+    else:
+        numbers = [float(values)]
+    width = plan.high - plan.low
+    for number in numbers:
+        if not plan.low - _SLACK * width <= number <= plan.high + _SLACK * width:
+            raise ValueError(
+                f"timestep {plan.argument!r} is {number:g}, outside {plan.low:g}..{plan.high:g}, the range fixed when the model "
+                "was transformed. Pass DiffCRConfig(timestep_range=(low, high)) to transform if the model is used so."
+            )
+    return [min(max(int((number - plan.low) / width * num_regions), 0), num_regions - 1) for number in numbers]
+
+
+def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    state = routing_of(model)
+    if not isinstance(state, ModelRouting):
+        return None
+    if state.deferred is not None:
+        _settle_now(model, state, args, kwargs)
+    if not torch.compiler.is_compiling():
+        sync_with_masters(state)
+    if state.current.pinned or not (state.learning or state.varies_by_region):
+        return None
+    timestep = state.plan.timestep
+    if timestep is None:
+        return None
+    bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
+    regions = region_of(_timestep_value(bound, timestep, model), timestep, state.num_regions)
+    state.current.region = state.last_region = regions[0]
+    if len(set(regions)) == 1:
+        return None
+    groups = [torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)]
+    state.current.split = (groups, args, kwargs)
+    return _pick_samples(model, state, groups[0], args, kwargs)
+
+
+def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    state = routing_of(model)
+    if not isinstance(state, ModelRouting) or state.current.split is None:
+        return output
+    (groups, args, kwargs), state.current.split = state.current.split, None
+    outputs = [output]
+    for group in groups[1:]:
+        group_args, group_kwargs = _pick_samples(model, state, group, args, kwargs)
+        outputs.append(model(*group_args, **group_kwargs))
+    place = torch.argsort(torch.cat(groups))
+    axes = iter(state.plan.output_batch_axes)
+
+    def join(*parts: Any) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        axis = next(axes)
+        return torch.cat(parts, dim=axis).index_select(axis, place.to(parts[0].device))
+
+    return pytree.tree_map(join, *outputs)
+
+
+def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        raise CaptureError(
+            f"the blocks of {type(model).__name__} have not been looked for yet, and can't be while the model is compiled or "
+            "exported. Pass example_inputs to transform, or run the model once before."
+        )
+    state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
+
+
+def _timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Module) -> Tensor | float:
+    value = bound.get(timestep.argument)
+    if not isinstance(value, Tensor | int | float):
+        raise UnsupportedError(
+            f"{type(model).__name__} is called without its timestep input {timestep.argument!r} (found {type(value).__name__}), so "
+            "the row of its ratio table is unknown. Pass the timestep, or use a table with equal rows."
+        )
+    return value
+
+
+def _pick_samples(
+    model: nn.Module, state: ModelRouting, samples: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call for some samples of the batch."""
+    axes = state.plan.input_batch_axes
+    names = positional_names(type(model).forward)
+    bound = bind_arguments(names, args, kwargs)
+    known = {path for path, _ in iterate_leaves(bound)} <= state.plan.input_paths
+    if not axes or not known:
+        raise UnsupportedError(
+            f"the samples of this batch lie in different timestep regions, and {type(model).__name__}'s batch axes "
+            + ("were not proved when it was transformed" if not axes else "are unknown for inputs it was not analysed with")
+            + ". Call it with samples of one region at a time."
+        )
+
+    def pick(path: Any, leaf: Any) -> Any:
+        return leaf.index_select(axes[path], samples.to(leaf.device)) if path in axes and leaf is not None else leaf
+
+    return unbind_arguments(names, map_leaves(pick, bound))

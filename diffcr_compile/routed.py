@@ -1,0 +1,294 @@
+"""What stays in a routed model at run time: the routed forward of a block, and the state it reads.
+
+A block keeps its class and its own forward. ``bind`` sets a routed forward on the *instance*, which looks up the block's
+:class:`BlockRouting`, decides how many tokens to keep, and runs either the original forward on the original tensors or the
+FX program that the passes wrote. Without its routing state the bound forward is the original again, whoever still holds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import primitives
+from .arguments import Signature, bind_arguments, iterate_leaves, map_leaves, signature_of
+from .config import DiffCRConfig
+from .errors import CaptureError, NotTransformedError, UnsupportedError
+from .plan import BlockPlan, ModelPlan
+from .ratios import BIN, SCALE, capacity, neighbour_bins
+from .router import Router
+
+STATE = "_diffcr"
+"""Attribute under which a routed block, and the root of a routed model, hold their state."""
+
+ROUTER = "diffcr_router"
+"""Name of the submodule that a routed block gains."""
+
+
+class Current(threading.local):
+    """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up;
+    ``split``: what is left to run of a batch that lies in several regions."""
+
+    region: int | None = None
+    pinned: bool = False
+    split: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Current:
+        return Current()
+
+    def __reduce__(self) -> tuple[type[Current], tuple[()]]:
+        return Current, ()
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The routed program of one family at one call signature: its plan and its FX graph (shared, never copied)."""
+
+    plan: BlockPlan
+    graph: fx.GraphModule
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self
+
+    def __call__(self, block: Callable[..., Any], weight: Tensor, k: int, values: Sequence[Any]) -> Any:
+        """The block's output with ``k`` tokens kept; ``values`` are the call's leaves in the order of the plan."""
+        return self.graph.forward(block, weight, k, *values)
+
+    def skip(self, values: Sequence[Any]) -> Any:
+        """The output of a block that is skipped whole: what came in."""
+        sources = iter(self.plan.outputs)
+        return map_leaves(
+            lambda _, index: None if index is None else values[_known(next(sources).source)], self.plan.output_template
+        )
+
+    def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
+        """The leaves of a bound call, after a check that the lengths which follow the tokens do so here."""
+        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+        num_tokens = values[self.plan.stream].shape[self.plan.token_axis]
+        for leaf, value in zip(self.plan.leaves, values, strict=True):
+            for axis in leaf.token_axes:
+                others = sum(values[index].shape[size] for index, size in (*axis.before, *axis.after))
+                if value.shape[axis.axis] != num_tokens + others:
+                    raise UnsupportedError(
+                        f"{fqn}: input {leaf.name!r} has shape {tuple(value.shape)}, where axis {axis.axis} should hold "
+                        f"{num_tokens + others} tokens like the other inputs. When the model was analysed it followed the "
+                        "tokens; transform it again with example_inputs of this kind."
+                    )
+        return values
+
+
+@dataclass(eq=False)
+class ModelRouting:
+    """State at the root of a routed model.
+
+    plan: None while the search for blocks is ``deferred``. blocks: in order of first execution, the columns of the ratio
+    table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
+    integers were last taken from it. learning: two-bin forwards; dense: every block as it was. trained: the routers have
+    been learned. lowered: what ``lower`` put in place. observers: called with each block's name and kept tokens (B, K).
+    """
+
+    config: DiffCRConfig
+    plan: ModelPlan = None  # type: ignore[assignment]
+    blocks: list[BlockRouting] = field(default_factory=list)
+    current: Current = field(default_factory=Current)
+    last_region: int = 0
+    masters: Tensor | None = None
+    synced: int = 0
+    deferred: Callable[..., None] | None = None
+    learning: bool = False
+    dense: bool = False
+    trained: bool = False
+    warned: bool = False
+    lowered: Any = None
+    observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
+
+    @property
+    def num_regions(self) -> int:
+        """Rows of the ratio table: the configured number, or 1 where the model has no timestep input."""
+        return self.config.num_regions if self.plan.timestep is not None else 1
+
+    @property
+    def varies_by_region(self) -> bool:
+        """Whether some block's ratio depends on the timestep."""
+        return any(ratio != block.ratios[0] for block in self.blocks for ratio in block.ratios)
+
+    def region(self) -> int:
+        """The region of the forward under way; of the last one where a thread has none (recomputation in backward)."""
+        region = self.current.region
+        return self.last_region if region is None else region
+
+
+@dataclass(eq=False)
+class BlockRouting:
+    """State of one routed block: its column of the table in thousandths, and its programs by call signature."""
+
+    fqn: str
+    index: int
+    base: Callable[..., Any]
+    positional: tuple[str, ...]
+    programs: dict[Signature, Program]
+    model: ModelRouting
+    ratios: tuple[int, ...]
+    compiled: Callable[..., Any] | None = None
+
+    def ratio(self) -> int:
+        """The ratio in force, in thousandths; reads no region where all are equal."""
+        ratios = self.ratios
+        return ratios[0] if all(ratio == ratios[0] for ratio in ratios) else ratios[self.model.region()]
+
+    def program(self, bound: dict[str, Any]) -> Program:
+        """The program for this kind of call."""
+        program = self.programs.get(signature_of(bound))
+        if program is None:
+            raise UnsupportedError(self._unknown_call(bound))
+        return program
+
+    def _unknown_call(self, bound: dict[str, Any]) -> str:
+        found = {path: kind for path, kind in signature_of(bound)}
+        known = [dict(signature) for signature in self.programs]
+        new = sorted(str(path) for path in found if all(found[path] != plan.get(path) for plan in known))
+        gone = sorted(str(path) for path in known[0] if path not in found)
+        return (
+            f"{self.fqn} is called in a way it was not analysed for (new or of another rank: {', '.join(new) or 'none'}; "
+            f"missing: {', '.join(gone) or 'none'}). Whether such an input follows the tokens is unknown, so it is not passed "
+            "on. Call restore(model), then transform(model, example_inputs=...) with inputs of this kind."
+        )
+
+
+def routing_of(module: nn.Module) -> Any:
+    """The routing state of a block or root, or None."""
+    return module.__dict__.get(STATE)
+
+
+def settle(model: nn.Module, inputs: dict[str, Any] | None = None) -> ModelRouting:
+    """The routing state of a transformed model; a search still owed is done first, on ``inputs``.
+
+    Raises NotTransformedError, or CaptureError where the search is owed and there are no inputs.
+    """
+    state = routing_of(model)
+    if not isinstance(state, ModelRouting):
+        raise NotTransformedError(f"{type(model).__name__} is not transformed. Call diffcr_compile.transform(model) first.")
+    if state.deferred is not None:
+        if inputs is None:
+            raise CaptureError(
+                f"the blocks of {type(model).__name__} have not been looked for yet: transform was called without "
+                "example_inputs and the model has not run since. Run it once, or pass example_inputs to transform."
+            )
+        state.deferred(model, state, inputs)
+    return state
+
+
+@functools.cache
+def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward to bind on instances of the class whose own forward is ``base``."""
+
+    @functools.wraps(base)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        routing = self.__dict__.get(STATE)
+        if routing is None or routing.model.dense:
+            return base(self, *args, **kwargs)
+        if routing.model.learning:
+            return _learning_forward(self, routing, args, kwargs)
+        if routing.compiled is not None and not torch.compiler.is_compiling():
+            return routing.compiled(self, routing.ratio(), args, kwargs)
+        return forward_at(self, routing.ratio(), args, kwargs)
+
+    # Pickling a bound method stores its name alone; under the name "forward" it would come back as the dense forward.
+    forward.__name__ = "diffcr_routed_forward"
+    return forward
+
+
+def forward_at(module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The block ``module`` at a ratio in thousandths: the original call at zero, else its program."""
+    routing: BlockRouting = module.__dict__[STATE]
+    if ratio == 0 and not routing.model.observers:
+        return routing.base(module, *args, **kwargs)
+    bound = bind_arguments(routing.positional, args, kwargs)
+    program = routing.program(bound)
+    values = program.values(bound, routing.fqn)
+    plan = program.plan
+    num_tokens = values[plan.stream].shape[plan.token_axis]
+    k = capacity(num_tokens, ratio)
+    if k == 0 and not plan.can_skip_block:
+        k = 1
+    if routing.model.observers:
+        _observe(routing, program, module, values, k)
+    if k == num_tokens:
+        return routing.base(module, *args, **kwargs)
+    if k == 0:
+        return program.skip(values)
+    return program(functools.partial(routing.base, module), router_weight(module), k, values)
+
+
+def router_weight(module: nn.Module) -> Tensor:
+    """The router's vector (D,) of a routed block."""
+    router = getattr(module, ROUTER)
+    return router.weight
+
+
+def _learning_forward(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Two-bin estimate (DiffCR, section 3): a mix of the outputs at the two neighbouring bins, by nearness.
+
+    lower + w (upper - lower) with w the ratio's place between the bins: at a bin the value is that bin's, and the slope of
+    the ratio is <dL/dout, upper - lower> / width everywhere.
+    """
+    masters = routing.model.masters
+    assert masters is not None
+    master = masters[routing.model.region(), routing.index]
+    low, high = neighbour_bins(float(master.detach()))
+    lower = forward_at(module, low, args, kwargs)
+    upper = forward_at(module, high, args, kwargs)
+    return _mix(lower, upper, (master - low / SCALE) * (SCALE / BIN))
+
+
+def _mix(lower: Any, upper: Any, weight: Tensor) -> Any:
+    others = iter([leaf for _, leaf in iterate_leaves(upper) if isinstance(leaf, Tensor)])
+
+    def one(_: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        other = next(others)
+        return leaf + weight.to(device=leaf.device, dtype=leaf.dtype) * (other - leaf)
+
+    return map_leaves(one, lower)
+
+
+def _observe(routing: BlockRouting, program: Program, module: nn.Module, values: list[Any], k: int) -> None:
+    """Tell the observers of this model which tokens the call keeps: int64 (B, K)."""
+    plan = program.plan
+    tokens = values[plan.stream]
+    batch, num_tokens = tokens.shape[plan.batch_axis], tokens.shape[plan.token_axis]
+    if 0 < k < num_tokens:
+        scores = primitives.score_tokens(tokens, router_weight(module), plan.token_axis, plan.batch_axis)
+        kept = primitives.select_tokens(scores, k)
+    else:
+        kept = torch.arange(k, device=tokens.device).expand(batch, k)
+    for observer in routing.model.observers:
+        observer(routing.fqn, kept)
+
+
+def bind(module: nn.Module, routing: BlockRouting, router: Router) -> None:
+    """Make ``module`` a routed block: its router, its state, its forward on the instance."""
+    module.add_module(ROUTER, router)
+    module.__dict__[STATE] = routing
+    module.forward = types.MethodType(routed_forward(routing.base), module)  # type: ignore[method-assign]
+
+
+def unbind(module: nn.Module) -> None:
+    """Inverse of :func:`bind`. A forward that someone else has since set on the instance stays: the one below it passes."""
+    routing = module.__dict__.pop(STATE)
+    del module._modules[ROUTER]
+    if getattr(module.__dict__.get("forward"), "__func__", None) is routed_forward(routing.base):
+        del module.__dict__["forward"]
+
+
+def _known(index: int | None) -> int:
+    assert index is not None
+    return index

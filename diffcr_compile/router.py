@@ -1,0 +1,31 @@
+"""The router of one block: a bias-free vector that scores tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Router(nn.Module):
+    """Holds one vector ``weight`` (D,), in the block's dtype and on its device.
+
+    Not an ``nn.Linear``, which quantisation, adapters and layerwise casting would take for one of the model's; and absent
+    from state dicts in both directions, so that a dense checkpoint loads strictly and a saved one is plain. Routers are
+    saved with ``diffcr_compile.save``. The start is drawn from a generator seeded by the block's name: different scores
+    from the first call on (equal ones would make top-k keep whatever comes first), and no draw from the global generator.
+    """
+
+    def __init__(self, width: int, fqn: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7])
+        start = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+        self.weight = nn.Parameter(start.to(dtype=dtype, device=device))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves nothing in a state dict."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Asks nothing of a state dict."""

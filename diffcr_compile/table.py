@@ -1,0 +1,71 @@
+"""The ratio table: read it, set it, and keep the blocks' integers in step with the masters that learning moves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+import torch
+from torch import Tensor, nn
+
+from .ratios import SCALE, nearest_bin
+from .routed import ModelRouting, settle
+
+
+def ratios(model: nn.Module) -> Tensor:
+    """The ratio table in force: float32 CPU tensor (num_regions, num_blocks) of values in [0, 1].
+
+    Rows are timestep regions from clean (low timesteps) to noisy; columns are blocks in order of first execution.
+    Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
+    """
+    state = settle(model)
+    return read_table(state)
+
+
+def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[float]]) -> None:
+    """Set the table: one ratio for all, or a (num_regions, num_blocks) table. Taken as given to the thousandth, not snapped.
+
+    values: share of the tokens that skip, in [0, 1]. Raises ValueError for values outside or another shape, and as ratios.
+    Warns once where routers that nobody calibrated are made to route.
+    """
+    state = settle(model)
+    shape = (state.num_regions, len(state.blocks))
+    table = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if table.ndim == 0:
+        table = table.expand(shape)
+    if tuple(table.shape) != shape:
+        raise ValueError(
+            f"expected one ratio, or a table of shape {shape} (timestep regions, blocks); found shape {tuple(table.shape)}"
+        )
+    if not bool(((table >= 0) & (table <= 1)).all()):
+        raise ValueError(f"ratios must lie in [0, 1], found {table.min():g}..{table.max():g}")
+    if bool((table > 0).any()) and not state.trained and not state.warned:
+        state.warned = True
+        warnings.warn("the routers are untrained: tokens are chosen at random. Call diffcr_compile.calibrate.", stacklevel=2)
+    write_table(state, [[round(float(value) * SCALE) for value in row] for row in table])
+
+
+def read_table(state: ModelRouting) -> Tensor:
+    """The blocks' integers as a float32 table."""
+    return torch.tensor([block.ratios for block in state.blocks]).T.float() / SCALE
+
+
+def write_table(state: ModelRouting, rows: list[list[int]]) -> None:
+    """Give every block its column, in thousandths, and move the masters there."""
+    for block, column in zip(state.blocks, zip(*rows, strict=True), strict=True):
+        block.ratios = tuple(column)
+    if state.masters is not None:
+        with torch.no_grad():
+            state.masters.copy_(read_table(state))
+        state.synced = state.masters._version
+
+
+def sync_with_masters(state: ModelRouting) -> None:
+    """Where an optimiser has moved the masters, put every block at its nearest bin (DiffCR, section 3)."""
+    masters = state.masters
+    if masters is None or masters._version == state.synced:
+        return
+    with torch.no_grad():
+        masters.clamp_(0, 1)
+    for block, column in zip(state.blocks, masters.detach().T.tolist(), strict=True):
+        block.ratios = tuple(nearest_bin(value) for value in column)
+    state.synced = masters._version

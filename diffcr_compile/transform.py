@@ -1,0 +1,125 @@
+"""``transform`` and ``restore``: from a model to a routed model and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import bind_arguments, positional_names
+from .config import DiffCRConfig
+from .errors import AlreadyTransformedError, NotTransformedError
+from .passes.analysis import ModelAnalysis, run_passes
+from .passes.blocks import find_blocks
+from .passes.capture import capture_calls
+from .passes.route import plan_model, route_blocks
+from .passes.timestep import find_timestep
+from .passes.weigh import drop_small_families
+from .region import add_region_hooks, remove_region_hooks
+from .routed import STATE, ModelRouting, routing_of, unbind
+
+PASSES = (
+    capture_calls,  # run the model once: what is every module called with?
+    find_timestep,  # which input reaches a sinusoidal embedding, and in what range?
+    find_blocks,  # which modules are blocks? export, attention, stream, side inputs, proof: passes/blocks.py
+    drop_small_families,  # which of them are worth it?
+)
+"""Looking, in order; each takes and returns a ``ModelAnalysis``. ``route_blocks`` then changes the model."""
+
+
+def transform(
+    model: nn.Module,
+    config: DiffCRConfig | None = None,
+    *,
+    example_inputs: dict[str, Any] | tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """Turn the transformer blocks of ``model`` into router-gated skip blocks, in place; returns the same object.
+
+    At ratio zero, where it starts, the model computes what it did before, bit for bit. Class, signature, hooks, dtype and
+    state-dict keys stay; what is added lives inside the blocks (``diffcr_router``) and is left out of state dicts.
+
+    model: any module whose forward is a denoiser's; of a pipeline, pass ``pipe.transformer``.
+    config: see :class:`DiffCRConfig`.
+    example_inputs: keyword arguments of ``model.forward``, or ``(args, kwargs)``. None: the blocks are looked for at the
+        first forward, with its inputs.
+    filter_fn: ``(module, fqn) -> bool``; which of the found blocks may be routed.
+
+    Raises AlreadyTransformedError, CaptureError (the model refuses the inputs), BlockNotFoundError (nothing can be routed;
+    every candidate is listed with the reason), TypeError. The model is then as it was before.
+    """
+    model = _unwrap(model)
+    if routing_of(model) is not None:
+        raise AlreadyTransformedError(
+            f"{type(model).__name__} is already transformed. Use set_ratios or calibrate, or restore(model) first."
+        )
+    if config is not None and not isinstance(config, DiffCRConfig):
+        raise TypeError(f"config must be a DiffCRConfig, found {type(config).__name__}")
+    state = ModelRouting(config or DiffCRConfig())
+    search = _Search(filter_fn or (lambda module, fqn: True))
+    if example_inputs is None:
+        state.deferred = search
+    else:
+        search(model, state, _bound_inputs(model, example_inputs))
+    model.__dict__[STATE] = state
+    add_region_hooks(model)
+    return model
+
+
+class _Search:
+    """The search for blocks and their routing: at ``transform``, or owed until the model's first forward."""
+
+    def __init__(self, filter_fn: Callable[[nn.Module, str], bool]) -> None:
+        self.filter_fn = filter_fn
+
+    def __call__(self, model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> None:
+        owed, state.deferred = state.deferred, None
+        try:
+            analysis = run_passes(PASSES, ModelAnalysis(model, state.config, inputs, self.filter_fn))
+            route_blocks(model, plan_model(analysis), state)
+        except Exception:
+            if owed is not None:
+                restore(model)
+            raise
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Remove routing, exactly: keys, forward and values are the original's. Weights that were trained stay trained.
+
+    Raises NotTransformedError on a model that is not transformed.
+    """
+    model = _unwrap(model)
+    state = routing_of(model)
+    if not isinstance(state, ModelRouting):
+        raise NotTransformedError(f"{type(model).__name__} is not transformed, so there is nothing to restore.")
+    if state.lowered is not None:
+        state.lowered.remove(model)
+    for block in state.blocks:
+        unbind(model.get_submodule(block.fqn))
+    remove_region_hooks(model)
+    del model.__dict__[STATE]
+    return model
+
+
+def _bound_inputs(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    if isinstance(inputs, dict):
+        return dict(inputs)
+    match inputs:
+        case (tuple() | list() as args, dict() as kwargs):
+            return bind_arguments(positional_names(model.forward), tuple(args), kwargs)
+    raise TypeError(
+        f"example_inputs must be a dict of keyword arguments of {type(model).__name__}.forward, or (args, kwargs); "
+        f"found {type(inputs).__name__}"
+    )
+
+
+def _unwrap(model: Any) -> nn.Module:
+    """The module behind a compiled wrapper. Raises TypeError for what is no module, naming a pipeline's denoiser."""
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return model._orig_mod
+    if isinstance(model, nn.Module):
+        return model
+    hint = next((f" Pass its denoiser: .{name}." for name in ("transformer", "unet", "dit") if hasattr(model, name)), "")
+    raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}.{hint}")

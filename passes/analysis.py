@@ -1,0 +1,84 @@
+"""The data that flows through the passes, and the runner that owns order, timing, logging and before/after text.
+
+A pass is a plain function ``(state) -> state`` named verb + object; it looks and returns new frozen data, and none before
+the last changes the model. A pass on a block says "this one stays dense" by raising :class:`Refused`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..arguments import Path
+from ..config import DiffCRConfig
+from ..plan import BlockPlan, Refusal, Site, TimestepPlan
+
+log = logging.getLogger("diffcr_compile")
+
+
+class Refused(Exception):
+    """Raised by a pass on a block: it stays dense, for the reason given. Kept as data, never shown to a user as an error."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as it was seen in a call. ``value``: its values, kept for integers and booleans where they are known."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one module: its bound arguments and its output, with a :class:`TensorInfo` for each tensor."""
+
+    fqn: str
+    arguments: dict[str, Any]
+    output: Any
+    in_order: int
+
+
+@dataclass(frozen=True)
+class ModelAnalysis:
+    """What is known of a model so far; each pass fills in its part."""
+
+    model: nn.Module
+    config: DiffCRConfig
+    inputs: dict[str, Any]
+    filter_fn: Callable[[nn.Module, str], bool]
+    calls: dict[str, tuple[Call, ...]] = field(default_factory=dict)
+    module_flops: dict[str, int] = field(default_factory=dict)
+    timestep: TimestepPlan | None = None
+    timestep_note: str = ""
+    timestep_reach: tuple[tuple[Path, float | None], ...] = ()
+    input_batch_axes: dict[Path, int] = field(default_factory=dict)
+    output_batch_axes: tuple[int, ...] = ()
+    families: tuple[BlockPlan, ...] = ()
+    sites: tuple[Site, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+State = TypeVar("State")
+
+
+def run_passes(passes: Sequence[Callable[[State], State]], state: State) -> State:
+    """Run ``passes`` in order. Logs (logger ``diffcr_compile``) each one's number, name and seconds; at debug level the
+    state before and after, where it changed. An exception names the pass it came from."""
+    for number, step in enumerate(passes, start=1):
+        start, before = time.perf_counter(), str(state) if log.isEnabledFor(logging.DEBUG) else ""
+        try:
+            state = step(state)
+        except Exception as error:
+            error.add_note(f"raised by pass {number} of {len(passes)}, {step.__name__}")
+            raise
+        log.info("pass %d/%d %s: %.2f s", number, len(passes), step.__name__, time.perf_counter() - start)
+        if before and (after := str(state)) != before:
+            log.debug("before %s:\n%s\nafter:\n%s", step.__name__, before, after)
+    return state

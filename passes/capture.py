@@ -1,0 +1,190 @@
+"""Capture: run the model once and note what every module was called with, what it returned, and what that cost.
+
+The run is made on a shadow of the model (its own module objects, the same parameters), under fake tensors where the model
+allows it (no memory, no compute, no values), else for real. Nothing is left behind in the model, its caches or its hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names
+from ..errors import CaptureError
+from ..flops import count_flops
+from .analysis import Call, ModelAnalysis, TensorInfo, log
+from .timestep import SinusoidTracker
+
+
+def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
+    """Fill in ``calls``, ``module_flops``, ``timestep_reach`` and the batch axes of the model's inputs and outputs.
+
+    A batch of one is doubled first: it would bake a size of one into every graph and hide the batch axis.
+    Raises CaptureError where the model refuses its inputs.
+    """
+    inputs = _double_single_batch(analysis.inputs)
+    errors = []
+    for fake in (True, False):
+        run = _Run(_shadow(analysis.model), inputs, fake=fake)
+        try:
+            run.execute()
+        except Exception as error:  # whatever the user's model raises
+            errors.append(f"{type(error).__name__}: {error}")
+            log.info("capture under %s failed: %s", "fake tensors" if fake else "real tensors", errors[-1])
+            continue
+        axes = _find_batch_axes(analysis.model, inputs, run.output, fake=fake)
+        return replace(
+            analysis,
+            calls={fqn: tuple(calls) for fqn, calls in run.calls.items()},
+            module_flops=run.flops,
+            timestep_reach=tuple(run.tracker.reached.items()),
+            input_batch_axes=axes[0],
+            output_batch_axes=axes[1],
+            inputs=inputs,
+        )
+    given = ", ".join(f"{'.'.join(map(str, path))} {_describe(leaf)}" for path, leaf in iterate_leaves(inputs))
+    raise CaptureError(
+        f"{type(analysis.model).__name__} could not be run on the inputs it was given ({given}). It raised {errors[-1]}. "
+        "Pass example_inputs that model(**example_inputs) accepts."
+    )
+
+
+class _Run:
+    """One recorded forward of ``model``."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> None:
+        self.model, self.inputs, self.fake = model, inputs, fake
+        self.calls: dict[str, list[Call]] = {}
+        self.flops: dict[str, int] = {}
+        self.tracker = SinusoidTracker()
+        self.output: Any = None
+        self._known: dict[int, Tensor] = {}
+        self._started: list[int] = []
+
+    def execute(self) -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if self.fake else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), mode:
+            inputs = map_leaves(lambda _, leaf: self._convert(leaf, mode), self.inputs)
+            leaves = dict(iterate_leaves(inputs))
+            self._known = {id(leaves[path]): value for path, value in iterate_leaves(self.inputs) if isinstance(value, Tensor)}
+            with count_flops() as counter, self._hooks(counter), self.tracker.track(leaves):
+                self.output = self.model(**inputs)
+
+    @staticmethod
+    def _convert(leaf: Any, mode: Any) -> Any:
+        return mode.from_tensor(leaf) if isinstance(mode, FakeTensorMode) and isinstance(leaf, Tensor) else leaf
+
+    @contextlib.contextmanager
+    def _hooks(self, counter: FlopCounterMode) -> Iterator[None]:
+        handles = []
+        for fqn, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._before(counter), with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(self._after(fqn, counter), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, counter: FlopCounterMode) -> Callable[..., None]:
+        return lambda module, args, kwargs: self._started.append(counter.get_total_flops())
+
+    def _after(self, fqn: str, counter: FlopCounterMode) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            spent = counter.get_total_flops() - self._started.pop()
+            self.flops[fqn] = self.flops.get(fqn, 0) + spent
+            bound = bind_arguments(positional_names(type(module).forward), args, kwargs)
+            order = sum(map(len, self.calls.values()))
+            call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order)
+            self.calls.setdefault(fqn, []).append(call)
+
+        return hook
+
+    def _info(self, _: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        value = None
+        if not leaf.dtype.is_floating_point and not leaf.dtype.is_complex:
+            value = self._known.get(id(leaf)) if self.fake else leaf.detach().clone()
+        return TensorInfo(tuple(leaf.shape), leaf.dtype, value)
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of the module objects that shares every parameter and buffer; eval mode, no dropout in what is captured."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} holds something that can't be copied ({type(error).__name__}: {error}), so it can't be "
+            "looked at without changing it. Remove such objects (open files, locks, handles) before transform."
+        ) from error
+
+
+def _double_single_batch(inputs: dict[str, Any]) -> dict[str, Any]:
+    if _batch(inputs) != 1:
+        return inputs
+    return _enlarge(inputs, {path: 0 for path, leaf in iterate_leaves(inputs) if _leads(leaf, 1)})
+
+
+def _batch(inputs: dict[str, Any]) -> int:
+    """Batch size of a call: the leading size of its first floating tensor of rank three or more, else of its first tensor."""
+    tensors = [leaf for _, leaf in iterate_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    large = [leaf for leaf in tensors if leaf.ndim >= 3 and leaf.dtype.is_floating_point]
+    chosen = next(iter(large or tensors), None)
+    return 0 if chosen is None else chosen.shape[0]
+
+
+def _leads(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+
+
+def _enlarge(inputs: dict[str, Any], axes: dict[Path, int]) -> dict[str, Any]:
+    """``inputs`` with one more sample (a copy of the first) along the axis given for each leaf."""
+
+    def one(path: Path, leaf: Any) -> Any:
+        if path not in axes:
+            return leaf
+        return torch.cat([leaf, leaf.narrow(axes[path], 0, 1)], dim=axes[path])
+
+    return map_leaves(one, inputs)
+
+
+def _find_batch_axes(
+    model: nn.Module, inputs: dict[str, Any], output: Any, *, fake: bool
+) -> tuple[dict[Path, int], tuple[int, ...]]:
+    """Batch axis of each input leaf and of each output tensor, proved by a run with one more sample.
+
+    Empty where the proof fails: a batch whose samples lie in different timestep regions can't be split then.
+    """
+    batch = _batch(inputs)
+    axes = {path: 0 for path, leaf in iterate_leaves(inputs) if _leads(leaf, batch)}
+    run = _Run(_shadow(model), _enlarge(inputs, axes), fake=fake)
+    try:
+        run.execute()
+    except Exception as error:
+        log.info("batch axes of the model's inputs not proved: %s: %s", type(error).__name__, error)
+        return {}, ()
+    out_axes = []
+    for before, after in zip(_output_tensors(output), _output_tensors(run.output), strict=True):
+        grown = [axis for axis, size in enumerate(after.shape) if size != before.shape[axis]]
+        if len(grown) != 1 or after.shape[grown[0]] != batch + 1:
+            return {}, ()
+        out_axes.append(grown[0])
+    return axes, tuple(out_axes)
+
+
+def _output_tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)[:40]

@@ -1,0 +1,79 @@
+"""Export one block alone, with every dimension of every input its own symbol.
+
+The shape solver then does the unification: sizes that the graph needs to be equal come out as one symbol, lengths that
+are joined as a sum, and what the block fixes (its width, a grid) as a number.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+
+from ..arguments import map_leaves, positional_names, unbind_arguments
+from .analysis import Refused, TensorInfo
+from .block import BlockAnalysis
+
+
+class _FlatCall(nn.Module):
+    """A block as a function of the tensors of its call, in order; its output's tensors as a tuple."""
+
+    def __init__(self, block: nn.Module, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.block = block
+        self._positional = positional_names(type(block).forward)
+        self._arguments = arguments
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(tensors)
+        bound = map_leaves(
+            lambda _, leaf: next(remaining) if isinstance(leaf, TensorInfo) else leaf, self._arguments
+        )
+        args, kwargs = unbind_arguments(self._positional, bound)
+        output = self.block(*args, **kwargs)
+        found: list[Tensor] = []
+        map_leaves(lambda _, leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, output)
+        return tuple(found)
+
+
+def export_block(block: BlockAnalysis) -> BlockAnalysis:
+    """Fill in ``graph``, its inputs, outputs and their shapes. Refuses what torch.export can't take, with its reason."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*block.module.parameters(), *block.module.buffers())}
+    device = next((tensor.device for tensor in block.module.parameters()), torch.device("cpu"))
+    infos = [leaf for _, leaf in block.call_leaves if isinstance(leaf, TensorInfo)]
+    tensors = tuple(_example(info, device) for info in infos)
+    dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
+    flat = _FlatCall(copy.deepcopy(block.module, memo).eval(), block.call.arguments)
+    try:
+        with torch.no_grad():
+            program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
+    except Exception as error:  # torch.export raises whatever the block's code does
+        first_line = str(error).strip().splitlines()[:1]
+        raise Refused(f"torch.export can't trace it ({type(error).__name__}: {''.join(first_line)[:200]})") from error
+    nodes = {node.name: node for node in program.graph.nodes}
+    inputs = tuple(nodes[name] for name in program.graph_signature.user_inputs)
+    outputs = tuple(nodes[name] for name in program.graph_signature.user_outputs if name is not None)
+    return replace(
+        block,
+        graph=program.graph,
+        graph_inputs=inputs,
+        graph_outputs=outputs,
+        leaf_dims=_dims_by_leaf(block, inputs),
+    )
+
+
+def _dims_by_leaf(block: BlockAnalysis, inputs: tuple[fx.Node, ...]) -> tuple[Any, ...]:
+    remaining = iter(inputs)
+    return tuple(
+        block.dims(next(remaining)) if isinstance(leaf, TensorInfo) else () for _, leaf in block.call_leaves
+    )
+
+
+def _example(info: TensorInfo, device: torch.device) -> Tensor:
+    if info.value is not None:
+        return info.value.to(device)
+    return torch.zeros(info.shape, dtype=info.dtype, device=device)

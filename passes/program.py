@@ -1,0 +1,135 @@
+"""Write the routed program of a block as an FX graph.
+
+Before, the block is one call::
+
+    out = block(x, temb, rope)
+
+After, with K = k of N tokens kept::
+
+    scores = score_tokens(x, router)            # (B, N)
+    kept = select_tokens(scores, k)             # (B, K)
+    x_kept = take_tokens(x, kept)               # and so for every input that follows the tokens
+    rope_kept = take_shared_tokens(rope, kept)
+    out = call_block(block, (x_kept, temb, rope_kept))
+    out = gate_exact(out, x_kept, take_scores(scores, kept))
+    out = put_tokens(x, kept, out)
+
+Kept tokens are the block's own result on them (what ``verify`` proves), skipped ones keep their bits (``put_tokens``).
+Lossy at k < N by design; at k = N it is never run.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from .. import primitives
+from ..arguments import map_leaves, unbind_arguments
+from ..config import Gate
+from ..plan import BlockPlan, LeafPlan, TokenAxis
+from ..routed import Program
+
+_GATES = {"exact": primitives.gate_exact, "sigmoid": primitives.gate_sigmoid}
+_CALLS: dict[str, Callable[..., Any]] = {"vmap": primitives.call_per_sample, "loop": primitives.call_in_loop}
+
+
+def write_program(plan: BlockPlan, gate: Gate) -> Program:
+    """The program of ``plan``: a graph with the placeholders block, router, k and one per leaf, in order."""
+    graph = _Writer(plan, gate).write()
+    return Program(plan, fx.GraphModule({}, graph, class_name=f"Routed{plan.kind}"))
+
+
+class _Writer:
+    """Builds one graph; every method appends nodes and returns the last."""
+
+    def __init__(self, plan: BlockPlan, gate: Gate) -> None:
+        self.plan, self.gate = plan, gate
+        self.graph = fx.Graph()
+
+    def write(self) -> fx.Graph:
+        plan = self.plan
+        block, router, k = (self.graph.placeholder(name) for name in ("block", "router", "k"))
+        self.leaves = [self.graph.placeholder(leaf.name) for leaf in plan.leaves]
+        axes = (plan.token_axis, plan.batch_axis)
+        scores = self._call("scores", primitives.score_tokens, self.leaves[plan.stream], router, *axes)
+        self.kept = self._call("kept", primitives.select_tokens, scores, k)
+        self._joint: dict[TokenAxis, fx.Node] = {}
+        taken = [self._take(index, leaf) for index, leaf in enumerate(plan.leaves)]
+        results = self._call_block(block, taken)
+        outputs = []
+        for index, output in enumerate(plan.outputs):
+            result = self._call(f"out_{index}", operator.getitem, results, index)
+            if output.routed:
+                result = self._put(index, result, taken, scores)
+            outputs.append(result)
+        self.graph.output(map_leaves(lambda _, i: None if i is None else outputs[i], plan.output_template))
+        self.graph.lint()
+        return self.graph
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> fx.Node:
+        return self.graph.create_node("call_function", function, args, name=name)
+
+    def _indices(self, axis: TokenAxis) -> fx.Node:
+        """Kept positions along an axis: those of the stream, or theirs within a joint sequence."""
+        if not axis.joint:
+            return self.kept
+        key = TokenAxis(0, axis.before, axis.after)
+        if key not in self._joint:
+            before, after = self._length(axis.before), self._length(axis.after)
+            num_tokens = self._size(self.plan.stream, self.plan.token_axis)
+            self._joint[key] = self._call("kept_joint", primitives.place_indices, self.kept, before, num_tokens, after)
+        return self._joint[key]
+
+    def _length(self, sizes: tuple[tuple[int, int], ...]) -> Any:
+        total: Any = 0
+        for index, axis in sizes:
+            size = self._size(index, axis)
+            total = size if total == 0 else self._call("length", operator.add, total, size)
+        return total
+
+    def _size(self, index: int, axis: int) -> fx.Node:
+        return self.graph.call_method("size", (self.leaves[index], axis))
+
+    def _take(self, index: int, leaf: LeafPlan) -> fx.Node:
+        """The leaf with its token axes indexed by what is kept; as it is where it has none."""
+        node, batch_axis, shift = self.leaves[index], self._batch_axis(leaf), 0
+        for axis in leaf.token_axes:
+            name, indices = f"{leaf.name}_kept", self._indices(axis)
+            if batch_axis is None:
+                node = self._call(name, primitives.take_shared_tokens, node, indices, axis.axis)
+                batch_axis, shift = 0, 1
+            else:
+                node = self._call(name, primitives.take_tokens, node, indices, axis.axis + shift, batch_axis)
+        return node
+
+    def _batch_axis(self, leaf: LeafPlan) -> int | None:
+        """The leaf's axis over samples; for the inserted form, an axis of size one that can be widened."""
+        if leaf.batch_axis is None and self.plan.lift == "inserted axis":
+            place = self.plan.batch_axis
+            return place if place < len(leaf.dims) and leaf.dims[place] == "1" else None
+        return leaf.batch_axis
+
+    def _call_block(self, block: fx.Node, taken: list[fx.Node]) -> fx.Node:
+        bound = map_leaves(lambda _, index: None if index is None else taken[index], self.plan.arguments)
+        args, kwargs = unbind_arguments(self.plan.positional, bound)
+        if self.plan.lift not in _CALLS:
+            return self._call("results", primitives.call_block, block, args, kwargs)
+        leaves = [leaf for leaf in self.plan.leaves if leaf.is_tensor]
+        axes = tuple(0 if leaf.batch_axis is None and leaf.token_axes else leaf.batch_axis for leaf in leaves)
+        own_batch = tuple(leaf.batch_axis is not None for leaf in leaves)
+        out_axes = tuple(output.batch_axis for output in self.plan.outputs)
+        return self._call("results", _CALLS[self.plan.lift], block, args, kwargs, axes, own_batch, out_axes)
+
+    def _put(self, index: int, result: fx.Node, taken: list[fx.Node], scores: fx.Node) -> fx.Node:
+        """Gate the stream's result, and put it back among the tokens that were skipped."""
+        source = self.plan.outputs[index].source
+        assert source is not None
+        leaf = self.plan.leaves[source]
+        axes = (leaf.token_axes[0].axis, leaf.batch_axis)
+        if source == self.plan.stream:
+            kept_scores = self._call("kept_scores", primitives.take_scores, scores, self.kept)
+            result = self._call(f"gated_{index}", _GATES[self.gate], result, taken[source], kept_scores, *axes)
+        return self._call(f"routed_{index}", primitives.put_tokens, self.leaves[source], self.kept, result, *axes)

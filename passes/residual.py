@@ -1,0 +1,55 @@
+"""Join outputs to inputs: an output that is an input plus something lets a skipped token leave as it came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+_SUMS = {"add": 2, "add_": 2, "iadd": 2, "addcmul": 1, "addcmul_": 1, "sub": 1, "sub_": 1}
+"""Sums, with the number of leading operands that they carry: x + y both, x + a b and x - y only x."""
+_MOVES = {
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "to", "_to_copy", "type_as", "clone", "contiguous",
+    "slice", "split", "split_with_sizes", "chunk", "unbind", "narrow", "select", "cat", "concat", "unsqueeze", "squeeze",
+    "expand", "alias", "detach", "dropout", "flatten", "unflatten", "clip", "clamp", "nan_to_num", "getitem", "swapaxes",
+    "movedim", "stack",
+}  # fmt: skip
+"""Operators that move values, or keep them where nothing overflows (clamping in half precision)."""
+
+
+def residual_sources(output: fx.Node) -> set[fx.Node]:
+    """Placeholders that reach ``output`` through sums and moves alone."""
+    sources, seen, stack = set(), set(), [output]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            sources.add(node)
+        elif node.op == "call_function":
+            stack.extend(_operands(node))
+    return sources
+
+
+def _operands(node: fx.Node) -> Iterator[fx.Node]:
+    name = _name(node.target)
+    if name in _SUMS:
+        operands = node.args[: _SUMS[name]]
+    elif name in _MOVES:
+        operands = node.args[:1]
+    elif name in ("mul", "div") and node.args[1] == 1.0:
+        operands = node.args[:1]
+    else:
+        operands = ()
+    for operand in operands:
+        if isinstance(operand, fx.Node):
+            yield operand
+        elif isinstance(operand, list | tuple):
+            yield from (item for item in operand if isinstance(item, fx.Node))
+
+
+def _name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", target)
+    return getattr(packet, "__name__", str(packet))

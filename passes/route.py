@@ -1,0 +1,74 @@
+"""Route: write each family's program and bind it on its blocks. The only pass that changes the model, and the last."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..arguments import iterate_leaves, positional_names
+from ..errors import BlockNotFoundError, UnsupportedError
+from ..plan import ModelPlan
+from ..routed import BlockRouting, ModelRouting, bind
+from ..router import Router
+from .analysis import ModelAnalysis
+from .program import write_program
+
+
+def plan_model(analysis: ModelAnalysis) -> ModelPlan:
+    """The finished plan. Raises BlockNotFoundError, listing every candidate with its reason, where nothing can be routed."""
+    if not analysis.sites:
+        found = "\n".join(f"  - {refusal}" for refusal in analysis.refusals) or "  - no module takes and returns tokens"
+        raise BlockNotFoundError(
+            f"nothing in {type(analysis.model).__name__} can be routed; expected at least one module with attention over tokens "
+            f"and a residual join. Candidates:\n{found}\nChange filter_fn or min_flops_share if they left blocks out."
+        )
+    family_flops = [0] * len(analysis.families)
+    for site in analysis.sites:
+        family_flops[site.family] += analysis.module_flops.get(site.fqn, 0)
+    return ModelPlan(
+        families=analysis.families,
+        sites=analysis.sites,
+        refusals=analysis.refusals,
+        timestep=analysis.timestep,
+        timestep_note=analysis.timestep_note,
+        input_paths=frozenset(path for path, _ in iterate_leaves(analysis.inputs)),
+        input_batch_axes=analysis.input_batch_axes,
+        output_batch_axes=analysis.output_batch_axes,
+        dense_flops=analysis.module_flops.get("", 0),
+        family_flops=tuple(family_flops),
+    )
+
+
+def route_blocks(model: nn.Module, plan: ModelPlan, state: ModelRouting) -> None:
+    """Bind routers and programs on the blocks of ``plan``; all of them or, where one can't be bound, none."""
+    programs = [write_program(family, state.config.gate) for family in plan.families]
+    modules = [model.get_submodule(site.fqn) for site in plan.sites]
+    routers = [
+        _make_router(module, site.fqn, plan.families[site.family].width)
+        for site, module in zip(plan.sites, modules, strict=True)
+    ]
+    state.plan = plan
+    for index, (site, module) in enumerate(zip(plan.sites, modules, strict=True)):
+        program, base = programs[site.family], type(module).forward
+        routing = BlockRouting(
+            fqn=site.fqn,
+            index=index,
+            base=base,
+            positional=positional_names(base),
+            programs={program.plan.signature: program},
+            model=state,
+            ratios=(0,) * state.num_regions,
+        )
+        bind(module, routing, routers[index])
+        state.blocks.append(routing)
+
+
+def _make_router(module: nn.Module, fqn: str, width: int) -> Router:
+    if "forward" in vars(module):
+        raise UnsupportedError(
+            f"{fqn} already has a forward set on the instance (by offload, cache or compile hooks). Call transform first and "
+            "add them afterwards."
+        )
+    parameter = next(iter(module.parameters()), None)
+    if parameter is None:
+        raise UnsupportedError(f"{fqn} has no parameters, so nothing tells a router's dtype and device")
+    return Router(width, fqn, dtype=parameter.dtype, device=parameter.device)

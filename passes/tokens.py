@@ -1,0 +1,143 @@
+"""Which input holds the routed tokens, and which axes of the others follow them.
+
+Export has proved which sizes must be equal, so following the tokens is reading: an axis that is the token symbol is indexed
+with the stream; one that is a sum holding it is a joint sequence, whose order the concatenation in the graph tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import sympy
+from torch import fx
+
+from ..plan import LeafPlan, OutputPlan, Size, TokenAxis
+from ..arguments import leaf_name
+from .analysis import Refused, TensorInfo
+from .block import BlockAnalysis
+from .residual import residual_sources
+
+
+def find_stream(block: BlockAnalysis) -> BlockAnalysis:
+    """Fill in ``stream``, ``token`` and ``batch``: the longest input that attention mixes and an output is joined to.
+
+    Longest in the captured call: where text and image tokens meet in one attention, the image is routed.
+    """
+    joined = {index for output in block.graph_outputs for index in _joined_leaves(block, output)}
+    candidates = []
+    for index, (_, leaf) in enumerate(block.call_leaves):
+        if index in joined and isinstance(leaf, TensorInfo) and leaf.dtype.is_floating_point:
+            for axis, size in enumerate(block.leaf_dims[index]):
+                if size in block.token_symbols:
+                    candidates.append((-leaf.shape[axis], index, axis))
+    if not candidates:
+        raise Refused(
+            "no output is an input plus something along the attention's tokens"
+            if not joined
+            else "the attention's tokens are no axis of an input that an output is joined to (reshaped grid, windows)"
+        )
+    _, stream, axis = min(candidates)
+    dims = block.leaf_dims[stream]
+    others = [size for size in dims if size.free_symbols and size != dims[axis]]
+    if not others:
+        raise Refused("its token input has no batch axis of free size (packed sequences, or a batch size fixed in the block)")
+    if len(others) > 1 or not others[0].is_Symbol:
+        raise Refused(f"its token input has more than a batch and a token axis: {_text(dims)}")
+    if axis == len(dims) - 1 or dims[-1].free_symbols:
+        raise Refused(f"the width of its token input is not its last axis, or not fixed: {_text(dims)}")
+    return replace(block, stream=stream, token=dims[axis], batch=others[0])
+
+
+def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:
+    """Fill in ``leaves`` and ``outputs``. Refuses an axis that holds the token count in a product or quotient."""
+    names = _axis_names(block)
+    leaves = []
+    for index, (path, leaf) in enumerate(block.call_leaves):
+        dims = block.leaf_dims[index]
+        axes = tuple(_token_axis(block, axis, size, leaf_name(path)) for axis, size in enumerate(dims) if _holds(block, size))
+        batch_axis = dims.index(block.batch) if block.batch in dims else None
+        text = tuple(_axis_text(size, names) for size in dims)
+        leaves.append(LeafPlan(path, leaf_name(path), isinstance(leaf, TensorInfo), text, axes, batch_axis))
+    outputs = tuple(_plan_output(block, output, names) for output in block.graph_outputs)
+    return replace(block, leaves=tuple(leaves), outputs=outputs)
+
+
+def _holds(block: BlockAnalysis, size: sympy.Expr) -> bool:
+    return block.token in size.free_symbols
+
+
+def _plan_output(block: BlockAnalysis, output: fx.Node, names: dict[sympy.Symbol, str]) -> OutputPlan:
+    dims = block.dims(output)
+    text = tuple(_axis_text(size, names) for size in dims)
+    if block.batch not in dims:
+        raise Refused(f"an output has no batch axis: {_text(dims)}")
+    routed = any(_holds(block, size) for size in dims)
+    joined = sorted(_joined_leaves(block, output), key=lambda index: (index != block.stream, index))
+    source = joined[0] if joined else None
+    if routed and (source is None or dims.count(block.token) != 1):
+        raise Refused(f"an output follows the tokens but is no input plus something: {_text(dims)}")
+    return OutputPlan(text, dims.index(block.batch), routed, source)
+
+
+def _joined_leaves(block: BlockAnalysis, output: fx.Node) -> Iterator[int]:
+    """Leaves of the output's own shape that reach it through residual adds."""
+    sources = residual_sources(output)
+    placeholders = iter(block.graph_inputs)
+    for index, (_, leaf) in enumerate(block.call_leaves):
+        if isinstance(leaf, TensorInfo) and next(placeholders) in sources and block.leaf_dims[index] == block.dims(output):
+            yield index
+
+
+def _token_axis(block: BlockAnalysis, axis: int, size: sympy.Expr, name: str) -> TokenAxis:
+    if size == block.token:
+        return TokenAxis(axis)
+    segments = _segments(block, size)
+    if segments is None or segments.count(block.token) != 1:
+        raise Refused(f"axis {axis} of input {name!r} is {size} long, where {block.token} tokens are routed")
+    place = segments.index(block.token)
+    before = tuple(_size_of(block, segment, name) for segment in segments[:place])
+    after = tuple(_size_of(block, segment, name) for segment in segments[place + 1 :])
+    return TokenAxis(axis, before, after)
+
+
+def _segments(block: BlockAnalysis, size: sympy.Expr) -> list[sympy.Expr] | None:
+    """A sum of lengths in the order in which the graph concatenates them; None where it is no such sum."""
+    if size.is_Symbol:
+        return [size]
+    if not size.is_Add or not all(term.is_Symbol for term in size.args):
+        return None
+    assert block.graph is not None
+    for node in block.graph.nodes:
+        if node.op != "call_function" or "cat" not in str(node.target) or not isinstance(node.args[0], list | tuple):
+            continue
+        axis = node.args[1] if len(node.args) > 1 else 0
+        if block.dims(node)[axis] == size:
+            parts = [_segments(block, block.dims(operand)[axis]) for operand in node.args[0]]
+            if all(part is not None for part in parts):
+                return [segment for part in parts for segment in part]  # type: ignore[union-attr]
+    return None
+
+
+def _size_of(block: BlockAnalysis, symbol: sympy.Expr, name: str) -> Size:
+    """A leaf and axis of exactly this length."""
+    for index, dims in enumerate(block.leaf_dims):
+        if symbol in dims:
+            return index, dims.index(symbol)
+    raise Refused(f"input {name!r} joins the tokens with others whose length no input has")
+
+
+def _axis_names(block: BlockAnalysis) -> dict[sympy.Symbol, str]:
+    names = {block.batch: "B", block.token: "N"}
+    for dims in block.leaf_dims:
+        for symbol in sorted((s for size in dims for s in size.free_symbols), key=str):
+            names.setdefault(symbol, f"t{len(names) - 2}")
+    return names
+
+
+def _axis_text(size: sympy.Expr, names: dict[sympy.Symbol, str]) -> str:
+    return str(size.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()})).replace(" ", "")
+
+
+def _text(dims: tuple[sympy.Expr, ...]) -> str:
+    return "[" + ", ".join(map(str, dims)) + "]"

@@ -1,0 +1,212 @@
+"""Prove a block's plan by running it: trust nothing that the graph suggested.
+
+On a copy of the block whose parameters are drawn anew (a gate that is zero at initialisation would let anything pass),
+with small sizes that all differ, at batch three, two things must hold:
+
+* the routed program, with each sample keeping other tokens, equals the block run on each sample's kept tokens alone, and
+  leaves the others as they came (law 3, law 2);
+* the block commutes with a permutation of its tokens (law 6): positions made from the length, windows and convolutions
+  over the grid do not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+
+from ..arguments import iterate_leaves, map_leaves, unbind_arguments
+from ..plan import BlockPlan, LeafPlan, Lift
+from ..primitives import score_tokens, select_tokens
+from .analysis import Refused, TensorInfo, log
+from .block import BlockAnalysis
+from .program import write_program
+
+BATCH = 3
+NUM_TOKENS = 11
+NUM_KEPT = 5
+LENGTHS = (7, 13, 5, 17, 19, 2, 23, 29)
+"""Sizes of the proof: all different, and different from usual widths and head counts."""
+
+TOLERANCE = 2e-4
+"""Largest error, as a share of the largest value, in float32. Rounding stays below 1e-5; a rotary table that is cut by
+length inside the block shows 3e-3."""
+
+MASK_DENSITY = 0.8
+"""Share of true entries in the masks of the proof."""
+
+
+def prove_block(block: BlockAnalysis) -> BlockAnalysis:
+    """Fill in ``plan``: the first form of lifting that the proof accepts. Refuses the block where none does."""
+    plan = block.draft_plan("direct")
+    trial = _Trial(block)
+    trial.check_permutation(plan)
+    unbatched = [leaf for leaf in block.leaves if leaf.token_axes and leaf.batch_axis is None]
+    forms: tuple[Lift, ...] = ("inserted axis", "vmap", "loop") if unbatched else ("direct",)
+    failures = []
+    for form in forms:
+        plan = block.draft_plan(form)
+        try:
+            return replace(block, plan=replace(plan, error=trial.check_program(plan)))
+        except Exception as error:  # a form that does not fit raises whatever the block's code does
+            failures.append(f"{form}: {_first_line(error)}")
+            log.debug("%s: %s", block.fqn, failures[-1])
+    raise Refused("the proof failed: " + "; ".join(failures))
+
+
+class _Trial:
+    """A copy of the block with random parameters, and random inputs of small sizes."""
+
+    def __init__(self, block: BlockAnalysis) -> None:
+        self.block = block
+        self.generator = torch.Generator().manual_seed(0)
+        self.module = randomised_copy(block.module, self.generator)
+        self.sizes = self._sizes()
+        self.values = [self._value(index, leaf) for index, (_, leaf) in enumerate(block.call_leaves)]
+
+    def _sizes(self) -> dict[sympy.Symbol, int]:
+        sizes = {self.block.batch: BATCH, self.block.token: NUM_TOKENS}
+        symbols = {symbol for dims in self.block.leaf_dims for size in dims for symbol in size.free_symbols}
+        free = iter(LENGTHS)
+        for symbol in sorted(symbols - set(sizes), key=str):
+            sizes[symbol] = next(free)
+        return sizes
+
+    def _value(self, index: int, leaf: Any) -> Any:
+        if not isinstance(leaf, TensorInfo):
+            return leaf
+        shape = [int(size.subs(self.sizes)) for size in self.block.leaf_dims[index]]
+        if leaf.dtype.is_complex:
+            angles = torch.rand(shape, generator=self.generator) * 2 * torch.pi
+            return torch.polar(torch.ones(shape), angles)
+        if leaf.dtype.is_floating_point:
+            return torch.randn(shape, generator=self.generator)
+        if leaf.dtype == torch.bool:
+            return torch.rand(shape, generator=self.generator) < MASK_DENSITY
+        if leaf.value is None:
+            return torch.zeros(shape, dtype=leaf.dtype)
+        pool = leaf.value.flatten().cpu()
+        picks = torch.randint(len(pool), (int(torch.tensor(shape).prod()),), generator=self.generator)
+        return pool[picks].reshape(shape)
+
+    def check_permutation(self, plan: BlockPlan) -> None:
+        """The block on permuted tokens gives the permuted result."""
+        order = torch.randperm(NUM_TOKENS, generator=self.generator)
+        expected = self._run(self.values)
+        permuted = self._run([self._index(leaf, value, order) for leaf, value in zip(plan.leaves, self.values, strict=True)])
+        for output, value, result in zip(plan.outputs, expected, permuted, strict=True):
+            if output.routed:
+                value = value.index_select(output.dims.index("N"), order)
+            error = relative_error(result, value)
+            if not error < TOLERANCE:
+                raise Refused(
+                    f"its tokens are not interchangeable (error {error:.1e} under a permutation): positions made from the "
+                    "length, windows, a convolution over the grid or a causal order"
+                )
+
+    @torch.no_grad()
+    def check_program(self, plan: BlockPlan) -> float:
+        """The program at batch three equals the per-sample loop; returns the largest relative error."""
+        program = write_program(plan, "exact")
+        weight = torch.randn(plan.width, generator=self.generator)
+        stream = self.values[plan.stream]
+        kept = select_tokens(score_tokens(stream, weight, plan.token_axis, plan.batch_axis), NUM_KEPT)
+        if len({tuple(row) for row in kept.tolist()}) != BATCH:
+            raise Refused("the proof's samples keep the same tokens")
+        routed = program(self._call, weight, NUM_KEPT, self.values)
+        results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
+        worst = 0.0
+        for sample in range(BATCH):
+            alone = self._run(
+                [self._index(leaf, _narrow(leaf, value, sample), kept[sample]) for leaf, value in zip(plan.leaves, self.values, strict=True)]
+            )
+            for output, result, value in zip(plan.outputs, results, alone, strict=True):
+                result = result.narrow(output.batch_axis, sample, 1)
+                if output.routed:
+                    axis = output.dims.index("N")
+                    self._check_skipped(plan, output.source, result, kept[sample], sample, axis)
+                    result = result.index_select(axis, kept[sample])
+                worst = max(worst, relative_error(result, value))
+        if not worst < TOLERANCE:
+            raise Refused(f"differs by {worst:.1e} from each sample run alone")
+        return worst
+
+    def _check_skipped(self, plan: BlockPlan, source: int | None, result: Tensor, kept: Tensor, sample: int, axis: int) -> None:
+        assert source is not None
+        skipped = torch.tensor([index for index in range(NUM_TOKENS) if index not in kept])
+        before = _narrow(plan.leaves[source], self.values[source], sample).index_select(axis, skipped)
+        if not torch.equal(result.index_select(axis, skipped), before):
+            raise Refused("a skipped token did not keep its bits")
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @torch.no_grad()
+    def _run(self, values: list[Any]) -> list[Tensor]:
+        indices = iter(values)
+        bound = map_leaves(lambda _, leaf: None if leaf is None else _clone(next(indices)), self.block.call.arguments)
+        plan_names = self.block.draft_plan("direct").positional
+        args, kwargs = unbind_arguments(plan_names, bound)
+        try:
+            output = self._call(*args, **kwargs)
+        except Exception as error:
+            raise Refused(f"it does not run on {NUM_TOKENS} or {NUM_KEPT} tokens ({_first_line(error)})") from error
+        return [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+
+    def _index(self, leaf: LeafPlan, value: Any, indices: Tensor) -> Any:
+        """``value`` with its token axes indexed, the written-out way: other tokens of a joint axis stay in place."""
+        for axis in leaf.token_axes:
+            before = sum(self.values[index].shape[size] for index, size in axis.before)
+            after = sum(self.values[index].shape[size] for index, size in axis.after)
+            tail = range(before + NUM_TOKENS, before + NUM_TOKENS + after)
+            positions = [*range(before), *(before + int(index) for index in indices), *tail]
+            value = value.index_select(axis.axis, torch.tensor(positions))
+        return value
+
+
+def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A float32 CPU copy in eval mode with every float parameter drawn anew, of the scale of a usual initialisation."""
+    duplicate = copy.deepcopy(module)
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        duplicate = duplicate.to_empty(device="cpu")
+    duplicate = duplicate.to(device="cpu").float().eval()
+    for submodule in duplicate.modules():
+        submodule._forward_hooks.clear()
+        submodule._forward_pre_hooks.clear()
+    with torch.no_grad():
+        for parameter in duplicate.parameters():
+            if not parameter.dtype.is_floating_point:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise / max(parameter[0].numel(), 1) ** 0.5)
+            else:
+                parameter.copy_(0.2 * noise + parameter.abs().clamp(max=1.0))
+    return duplicate.requires_grad_(False)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the largest expected value; infinite where either is not finite or shapes differ."""
+    if result.shape != expected.shape:
+        return float("inf")
+    difference = (result.to(torch.complex64) if result.is_complex() else result.float()) - expected
+    worst, scale = difference.abs().max(), expected.abs().max().clamp(min=1e-6)
+    return float(worst / scale) if bool(torch.isfinite(worst) & torch.isfinite(scale)) else float("inf")
+
+
+def _narrow(leaf: LeafPlan, value: Any, sample: int) -> Any:
+    return value if leaf.batch_axis is None else value.narrow(leaf.batch_axis, sample, 1)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _first_line(error: Exception) -> str:
+    lines: Iterator[str] = iter(str(error).strip().splitlines())
+    return f"{type(error).__name__}: {next(lines, '')[:200]}" if not isinstance(error, Refused) else str(error)
