@@ -15,3 +15,9 @@ from .errors import (
 )
 from .table import ratios, set_ratios
 from .transform import restore, transform
+from .cost import Cost, cost
+from .learning import Learnable, budget_loss, learning
+from .lower import lower
+from .observe import Trace, record, trace
+from .calibration.report import CalibrationReport
+from .calibration.train import calibrate

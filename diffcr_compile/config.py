@@ -99,10 +99,9 @@ class CalibrationConfig(_Options):
     trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper); ``"routers"``: weights frozen.
     steps: optimiser steps, >= 1.
     learning_rate: of the model's weights (the paper: 1e-4, AdamW).
-    router_learning_rate, ratio_learning_rate: of the routers and of the ratios.
+    router_learning_rate: of the routers (AdamW).
+    ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
     weight_decay: of the model's weights (the paper: 3e-2).
-    budget_weight: weight of the squared distance from the scheduled budget, relative to the distillation loss (the
-        paper: 0.3 on the diffusion loss).
     ramp: share of the steps over which the scheduled budget moves from the table's present share to the target, in [0, 1].
     settle: share of the steps, at the end, in which the snapped table is fixed and the rest goes on learning, in [0, 1].
     max_grad_norm: gradients of weights and routers are clipped to this norm.
@@ -115,10 +114,9 @@ class CalibrationConfig(_Options):
     steps: int = 300
     learning_rate: float = 1e-4
     router_learning_rate: float = 1e-3
-    ratio_learning_rate: float = 1e-2
+    ratio_learning_rate: float = 2e-2
     weight_decay: float = 3e-2
-    budget_weight: float = 0.3
-    ramp: float = 0.5
+    ramp: float = 0.6
     settle: float = 0.25
     max_grad_norm: float = 1.0
     warm_start: bool = True

@@ -19,3 +19,12 @@ ATTENTION_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _
 def count_flops() -> FlopCounterMode:
     """A quiet FLOP counter (a context manager; ``get_total_flops()``) that knows every SDPA operator of this torch."""
     return FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+
+
+def attention_flops(counter: FlopCounterMode) -> int:
+    """FLOPs so far in products of activations with activations: fused attention, and batched matrix products."""
+    return sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if _is_attention(str(op)))
+
+
+def _is_attention(name: str) -> bool:
+    return any(part in name for part in ("attention", "bmm", "attn"))

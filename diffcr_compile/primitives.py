@@ -153,7 +153,7 @@ def _along(values: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> Tenso
     if token_axis < batch_axis:
         values = values.transpose(0, 1)
     sizes = [1] * x.ndim
-    sizes[batch_axis], sizes[token_axis] = (values.shape if batch_axis < token_axis else values.shape[::-1])
+    sizes[batch_axis], sizes[token_axis] = values.shape if batch_axis < token_axis else values.shape[::-1]
     return values.reshape(sizes)
 
 

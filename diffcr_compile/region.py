@@ -6,6 +6,8 @@ when it ends the others are run and all are put together again.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,6 +63,26 @@ def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> l
     return [min(max(int((number - plan.low) / width * num_regions), 0), num_regions - 1) for number in numbers]
 
 
+def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> list[int]:
+    """Regions of the samples of a bound call of the root; reads no timestep where the table has one row, or equal ones."""
+    timestep = state.plan.timestep
+    if timestep is None or not (state.learning or state.varies_by_region):
+        return [0]
+    return region_of(_timestep_value(bound, timestep, model), timestep, state.num_regions)
+
+
+@contextlib.contextmanager
+def pin_region(state: ModelRouting, region: int) -> Iterator[None]:
+    """Inside, this thread's forwards lie in ``region``, whatever their timestep."""
+    current = state.current
+    current.region, current.pinned = region, True
+    state.last_region = region
+    try:
+        yield
+    finally:
+        current.pinned = False
+
+
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     state = routing_of(model)
     if not isinstance(state, ModelRouting):
@@ -71,11 +93,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         sync_with_masters(state)
     if state.current.pinned or not (state.learning or state.varies_by_region):
         return None
-    timestep = state.plan.timestep
-    if timestep is None:
-        return None
-    bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
-    regions = region_of(_timestep_value(bound, timestep, model), timestep, state.num_regions)
+    regions = resolve_regions(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
     state.current.region = state.last_region = regions[0]
     if len(set(regions)) == 1:
         return None
@@ -135,7 +153,11 @@ def _pick_samples(
     if not axes or not known:
         raise UnsupportedError(
             f"the samples of this batch lie in different timestep regions, and {type(model).__name__}'s batch axes "
-            + ("were not proved when it was transformed" if not axes else "are unknown for inputs it was not analysed with")
+            + (
+                "were not proved when it was transformed"
+                if not axes
+                else "are unknown for inputs it was not analysed with"
+            )
             + ". Call it with samples of one region at a time."
         )
 

@@ -91,7 +91,8 @@ class ModelRouting:
     plan: None while the search for blocks is ``deferred``. blocks: in order of first execution, the columns of the ratio
     table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
     integers were last taken from it. learning: two-bin forwards; dense: every block as it was. trained: the routers have
-    been learned. lowered: what ``lower`` put in place. observers: called with each block's name and kept tokens (B, K).
+    been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with. costs: the
+    cost model on the inputs last measured. observers: called with each block's name and kept tokens (B, K).
     """
 
     config: DiffCRConfig
@@ -107,6 +108,8 @@ class ModelRouting:
     trained: bool = False
     warned: bool = False
     lowered: Any = None
+    example_inputs: dict[str, Any] = field(default_factory=dict)
+    costs: Any = None
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
 
     @property
@@ -174,7 +177,9 @@ def settle(model: nn.Module, inputs: dict[str, Any] | None = None) -> ModelRouti
     """
     state = routing_of(model)
     if not isinstance(state, ModelRouting):
-        raise NotTransformedError(f"{type(model).__name__} is not transformed. Call diffcr_compile.transform(model) first.")
+        raise NotTransformedError(
+            f"{type(model).__name__} is not transformed. Call diffcr_compile.transform(model) first."
+        )
     if state.deferred is not None:
         if inputs is None:
             raise CaptureError(

@@ -40,7 +40,9 @@ def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[floa
         raise ValueError(f"ratios must lie in [0, 1], found {table.min():g}..{table.max():g}")
     if bool((table > 0).any()) and not state.trained and not state.warned:
         state.warned = True
-        warnings.warn("the routers are untrained: tokens are chosen at random. Call diffcr_compile.calibrate.", stacklevel=2)
+        warnings.warn(
+            "the routers are untrained: tokens are chosen at random. Call diffcr_compile.calibrate.", stacklevel=2
+        )
     write_table(state, [[round(float(value) * SCALE) for value in row] for row in table])
 
 

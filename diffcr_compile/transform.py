@@ -10,6 +10,7 @@ from torch import nn
 
 from .arguments import bind_arguments, positional_names
 from .config import DiffCRConfig
+from .dry_run import describe_inputs
 from .errors import AlreadyTransformedError, NotTransformedError
 from .passes.analysis import ModelAnalysis, run_passes
 from .passes.blocks import find_blocks
@@ -79,6 +80,7 @@ class _Search:
         try:
             analysis = run_passes(PASSES, ModelAnalysis(model, state.config, inputs, self.filter_fn))
             route_blocks(model, plan_model(analysis), state)
+            state.example_inputs = describe_inputs(inputs)
         except Exception:
             if owed is not None:
                 restore(model)
@@ -121,5 +123,7 @@ def _unwrap(model: Any) -> nn.Module:
         return model._orig_mod
     if isinstance(model, nn.Module):
         return model
-    hint = next((f" Pass its denoiser: .{name}." for name in ("transformer", "unet", "dit") if hasattr(model, name)), "")
+    hint = next(
+        (f" Pass its denoiser: .{name}." for name in ("transformer", "unet", "dit") if hasattr(model, name)), ""
+    )
     raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}.{hint}")

@@ -37,12 +37,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one module: its bound arguments and its output, with a :class:`TensorInfo` for each tensor."""
+    """One call of one module: its bound arguments and its output, with a :class:`TensorInfo` for each tensor.
+
+    in_order: how many calls ended before it. attends: whether it multiplied activations with activations, as attention does.
+    """
 
     fqn: str
     arguments: dict[str, Any]
     output: Any
     in_order: int
+    attends: bool = True
 
 
 @dataclass(frozen=True)

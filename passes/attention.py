@@ -29,7 +29,9 @@ def find_attention(block: BlockAnalysis) -> BlockAnalysis:
         raise Refused("no attention in its graph")
     symbols = frozenset(symbol for _, length in found for symbol in length.free_symbols)
     if not symbols:
-        raise Refused("its attention runs over a fixed number of tokens (windows, a grid, or positions made for one length)")
+        raise Refused(
+            "its attention runs over a fixed number of tokens (windows, a grid, or positions made for one length)"
+        )
     return replace(block, attention=found[0][0], token_symbols=symbols)
 
 

@@ -54,6 +54,17 @@ class BlockAnalysis:
         """Leaves of the call that are not None, with their paths."""
         return [(path, leaf) for path, leaf in iterate_leaves(self.call.arguments) if leaf is not None]
 
+    @property
+    def captured_sizes(self) -> dict[sympy.Symbol, int]:
+        """What each symbol stood for in the captured call."""
+        return {
+            size: number
+            for dims, (_, leaf) in zip(self.leaf_dims, self.call_leaves, strict=True)
+            if isinstance(leaf, TensorInfo)
+            for size, number in zip(dims, leaf.shape, strict=True)
+            if size.is_Symbol
+        }
+
     def dims(self, value: Tensor | fx.Node) -> Dims:
         """Shape of a node of the graph."""
         shape = value.meta["val"].shape if isinstance(value, fx.Node) else value.shape

@@ -69,8 +69,10 @@ class _Search:
         return any([self.visit(child, f"{fqn}.{name}") for name, child in module.named_children()])
 
     def _may_be_block(self, fqn: str) -> bool:
-        """Whether a call of the module takes and returns a float tensor of the same shape, with tokens and a width."""
+        """Whether a call of the module attends, and takes and returns a float tensor of the same shape."""
         call = self.analysis.calls[fqn][0]
+        if not call.attends:
+            return False
         inputs = {leaf.shape for _, leaf in iterate_leaves(call.arguments) if _is_stream(leaf)}
         return any(_is_stream(leaf) and leaf.shape in inputs for _, leaf in iterate_leaves(call.output))
 
@@ -138,9 +140,14 @@ def _settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
     return tuple(
         (name, value)
         for name, value in sorted(vars(module).items())
-        if isinstance(value, bool | str | float | int) and not name.startswith("_") and name != "training" and not _is_position(name)
+        if isinstance(value, bool | str | float | int)
+        and not name.startswith("_")
+        and name != "training"
+        and not _is_position(name)
     )
 
 
 def _is_position(name: str) -> bool:
-    return any(part in name for part in ("layer_idx", "layer_id", "layer_index", "block_idx", "block_id", "block_index"))
+    return any(
+        part in name for part in ("layer_idx", "layer_id", "layer_index", "block_idx", "block_id", "block_index")
+    )

@@ -7,19 +7,18 @@ allows it (no memory, no compute, no values), else for real. Nothing is left beh
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names
+from ..dry_run import dry_run, shadow
 from ..errors import CaptureError
-from ..flops import count_flops
+from ..flops import attention_flops, count_flops
 from .analysis import Call, ModelAnalysis, TensorInfo, log
 from .timestep import SinusoidTracker
 
@@ -33,7 +32,7 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
     inputs = _double_single_batch(analysis.inputs)
     errors = []
     for fake in (True, False):
-        run = _Run(_shadow(analysis.model), inputs, fake=fake)
+        run = _Run(shadow(analysis.model), inputs, fake=fake)
         try:
             run.execute()
         except Exception as error:  # whatever the user's model raises
@@ -67,20 +66,16 @@ class _Run:
         self.tracker = SinusoidTracker()
         self.output: Any = None
         self._known: dict[int, Tensor] = {}
-        self._started: list[int] = []
+        self._started: list[tuple[int, int]] = []
 
     def execute(self) -> None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True) if self.fake else contextlib.nullcontext()
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), mode:
-            inputs = map_leaves(lambda _, leaf: self._convert(leaf, mode), self.inputs)
+        with dry_run(self.model, fake=self.fake) as convert:
+            inputs = map_leaves(convert, self.inputs)
             leaves = dict(iterate_leaves(inputs))
-            self._known = {id(leaves[path]): value for path, value in iterate_leaves(self.inputs) if isinstance(value, Tensor)}
+            given = {path: value for path, value in iterate_leaves(self.inputs) if isinstance(value, Tensor)}
+            self._known = {id(leaves[path]): value for path, value in given.items()}
             with count_flops() as counter, self._hooks(counter), self.tracker.track(leaves):
                 self.output = self.model(**inputs)
-
-    @staticmethod
-    def _convert(leaf: Any, mode: Any) -> Any:
-        return mode.from_tensor(leaf) if isinstance(mode, FakeTensorMode) and isinstance(leaf, Tensor) else leaf
 
     @contextlib.contextmanager
     def _hooks(self, counter: FlopCounterMode) -> Iterator[None]:
@@ -95,15 +90,19 @@ class _Run:
                 handle.remove()
 
     def _before(self, counter: FlopCounterMode) -> Callable[..., None]:
-        return lambda module, args, kwargs: self._started.append(counter.get_total_flops())
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._started.append((counter.get_total_flops(), attention_flops(counter)))
+
+        return hook
 
     def _after(self, fqn: str, counter: FlopCounterMode) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            spent = counter.get_total_flops() - self._started.pop()
-            self.flops[fqn] = self.flops.get(fqn, 0) + spent
+            total, attending = self._started.pop()
+            self.flops[fqn] = self.flops.get(fqn, 0) + counter.get_total_flops() - total
+            attends = attention_flops(counter) > attending
             bound = bind_arguments(positional_names(type(module).forward), args, kwargs)
             order = sum(map(len, self.calls.values()))
-            call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order)
+            call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order, attends)
             self.calls.setdefault(fqn, []).append(call)
 
         return hook
@@ -115,18 +114,6 @@ class _Run:
         if not leaf.dtype.is_floating_point and not leaf.dtype.is_complex:
             value = self._known.get(id(leaf)) if self.fake else leaf.detach().clone()
         return TensorInfo(tuple(leaf.shape), leaf.dtype, value)
-
-
-def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the module objects that shares every parameter and buffer; eval mode, no dropout in what is captured."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    try:
-        return copy.deepcopy(model, memo).eval()
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} holds something that can't be copied ({type(error).__name__}: {error}), so it can't be "
-            "looked at without changing it. Remove such objects (open files, locks, handles) before transform."
-        ) from error
 
 
 def _double_single_batch(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +154,7 @@ def _find_batch_axes(
     """
     batch = _batch(inputs)
     axes = {path: 0 for path, leaf in iterate_leaves(inputs) if _leads(leaf, batch)}
-    run = _Run(_shadow(model), _enlarge(inputs, axes), fake=fake)
+    run = _Run(shadow(model), _enlarge(inputs, axes), fake=fake)
     try:
         run.execute()
     except Exception as error:

@@ -6,7 +6,10 @@ are joined as a sum, and what the block fixes (its width, a grid) as a number.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +33,7 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(tensors)
-        bound = map_leaves(
-            lambda _, leaf: next(remaining) if isinstance(leaf, TensorInfo) else leaf, self._arguments
-        )
+        bound = map_leaves(lambda _, leaf: next(remaining) if isinstance(leaf, TensorInfo) else leaf, self._arguments)
         args, kwargs = unbind_arguments(self._positional, bound)
         output = self.block(*args, **kwargs)
         found: list[Tensor] = []
@@ -49,7 +50,7 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
     flat = _FlatCall(copy.deepcopy(block.module, memo).eval(), block.call.arguments)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
             program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:  # torch.export raises whatever the block's code does
         first_line = str(error).strip().splitlines()[:1]
@@ -66,11 +67,21 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
     )
 
 
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without the warnings that a size of one is fixed: it is."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _dims_by_leaf(block: BlockAnalysis, inputs: tuple[fx.Node, ...]) -> tuple[Any, ...]:
     remaining = iter(inputs)
-    return tuple(
-        block.dims(next(remaining)) if isinstance(leaf, TensorInfo) else () for _, leaf in block.call_leaves
-    )
+    return tuple(block.dims(next(remaining)) if isinstance(leaf, TensorInfo) else () for _, leaf in block.call_leaves)
 
 
 def _example(info: TensorInfo, device: torch.device) -> Tensor:

@@ -112,7 +112,9 @@ def find_timestep(analysis: ModelAnalysis) -> ModelAnalysis:
             )
         path = min(candidates, key=_name_rank)
     if len(path) > 1:
-        return replace(analysis, timestep_note=f"timestep input {path} is nested: one ratio per block for all timesteps")
+        return replace(
+            analysis, timestep_note=f"timestep input {path} is nested: one ratio per block for all timesteps"
+        )
     scale = reached.get(path)
     if config.timestep_range is not None:
         low, high = config.timestep_range

@@ -41,7 +41,9 @@ def find_stream(block: BlockAnalysis) -> BlockAnalysis:
     dims = block.leaf_dims[stream]
     others = [size for size in dims if size.free_symbols and size != dims[axis]]
     if not others:
-        raise Refused("its token input has no batch axis of free size (packed sequences, or a batch size fixed in the block)")
+        raise Refused(
+            "its token input has no batch axis of free size (packed sequences, or a batch size fixed in the block)"
+        )
     if len(others) > 1 or not others[0].is_Symbol:
         raise Refused(f"its token input has more than a batch and a token axis: {_text(dims)}")
     if axis == len(dims) - 1 or dims[-1].free_symbols:
@@ -55,7 +57,9 @@ def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:
     leaves = []
     for index, (path, leaf) in enumerate(block.call_leaves):
         dims = block.leaf_dims[index]
-        axes = tuple(_token_axis(block, axis, size, leaf_name(path)) for axis, size in enumerate(dims) if _holds(block, size))
+        axes = tuple(
+            _token_axis(block, axis, size, leaf_name(path)) for axis, size in enumerate(dims) if _holds(block, size)
+        )
         batch_axis = dims.index(block.batch) if block.batch in dims else None
         text = tuple(_axis_text(size, names) for size in dims)
         leaves.append(LeafPlan(path, leaf_name(path), isinstance(leaf, TensorInfo), text, axes, batch_axis))
@@ -85,7 +89,11 @@ def _joined_leaves(block: BlockAnalysis, output: fx.Node) -> Iterator[int]:
     sources = residual_sources(output)
     placeholders = iter(block.graph_inputs)
     for index, (_, leaf) in enumerate(block.call_leaves):
-        if isinstance(leaf, TensorInfo) and next(placeholders) in sources and block.leaf_dims[index] == block.dims(output):
+        if (
+            isinstance(leaf, TensorInfo)
+            and next(placeholders) in sources
+            and block.leaf_dims[index] == block.dims(output)
+        ):
             yield index
 
 

@@ -1,0 +1,100 @@
+"""From learned ratios to a table of bins under an exact budget."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from ..cost import CostModel
+from ..errors import BudgetError
+from ..ratios import BIN, SCALE
+
+_UNITS = 20_000
+"""Resolution of the optimisation: savings are counted in this many units, rounded down, so that a budget is never exceeded."""
+
+Rows = list[list[int]]
+
+
+def snap_table(masters: Tensor, costs: CostModel, budget: float, tolerance: float) -> Rows:
+    """The table of bins, in thousandths, nearest to ``masters`` whose share of the dense FLOPs meets the budget.
+
+    A multiple-choice knapsack, solved exactly by dynamic programming: one bin for each (region, block), the summed squared
+    distance from the masters least, the FLOPs at most ``budget`` and at least ``budget (1 - tolerance)`` of the dense ones.
+    Where the bins are too coarse for that, single ratios leave their bin to use what is left.
+
+    masters: (num_regions, num_blocks) in [0, 1]. Raises BudgetError below what remains at ratio one everywhere.
+    """
+    check_reachable(costs, budget)
+    num_regions, num_blocks = masters.shape
+    bins = np.arange(0, SCALE + 1, BIN)
+    saved = [
+        [(block.dense - block.at(int(ratio))) / costs.dense_flops / num_regions for ratio in bins]
+        for block in costs.blocks
+    ]
+    learned = masters.detach().double().numpy()
+    penalties = (learned[:, :, None] - bins / SCALE) ** 2
+    choices = _least_penalty(
+        penalties.reshape(-1, len(bins)), np.tile(np.array(saved), (num_regions, 1)), at_least=1 - budget
+    )
+    rows = (choices.reshape(num_regions, num_blocks) * BIN).tolist()
+    return _use_up(rows, costs, budget, tolerance)
+
+
+def check_reachable(costs: CostModel, budget: float) -> None:
+    """Raises BudgetError, naming the minimum, where no table reaches the budget."""
+    if budget < costs.minimum_share:
+        raise BudgetError(
+            f"budget {budget:g} can't be reached: with every token skipped in every routed block, {costs.minimum_share:.4f} of the "
+            f"dense FLOPs remain (the parts that are not routed). Ask for at least {costs.minimum_share:.4f}, or let more "
+            "families be routed (filter_fn, min_flops_share)."
+        )
+
+
+def _least_penalty(penalties: np.ndarray, saved: np.ndarray, *, at_least: float) -> np.ndarray:
+    """Index of the choice of each item, the summed penalty least with the summed savings ``at_least`` that much.
+
+    Savings beyond it count as it: the state is capped there. penalties, saved: (items, choices).
+    """
+    unit = max(at_least, 1e-12) / _UNITS
+    units = np.minimum(np.floor(saved / unit * (1 + 1e-12)), _UNITS).astype(np.int64)
+    best = np.full(_UNITS + 1, np.inf)
+    best[0] = 0.0
+    taken = np.zeros((len(penalties), _UNITS + 1), dtype=np.int8)
+    came_from = np.zeros((len(penalties), _UNITS + 1), dtype=np.int32)
+    places = np.arange(_UNITS + 1)
+    for item, (cost_row, unit_row) in enumerate(zip(penalties, units, strict=True)):
+        following = np.full(_UNITS + 1, np.inf)
+        for choice, (penalty, gain) in enumerate(zip(cost_row, unit_row, strict=True)):
+            total = best + penalty
+            inside = _UNITS - gain
+            candidates = np.full(_UNITS + 1, np.inf)
+            candidates[gain:] = total[: inside + 1]
+            sources = np.maximum(places - gain, 0)
+            if gain:
+                last = inside + int(np.argmin(total[inside:]))
+                candidates[_UNITS], sources[_UNITS] = total[last], last
+            better = candidates < following
+            following = np.where(better, candidates, following)
+            taken[item, better] = choice
+            came_from[item, better] = sources[better]
+        best = following
+    if not np.isfinite(best[_UNITS]):
+        return np.full(len(penalties), penalties.shape[1] - 1)
+    choices = np.zeros(len(penalties), dtype=np.int64)
+    place = _UNITS
+    for item in range(len(penalties) - 1, -1, -1):
+        choices[item] = taken[item, place]
+        place = came_from[item, place]
+    return choices
+
+
+def _use_up(rows: Rows, costs: CostModel, budget: float, tolerance: float) -> Rows:
+    """Lower ratios, by thousandths and from the last region on, until the table's FLOPs are within the tolerance."""
+    for row in range(len(rows) - 1, -1, -1):
+        for block in range(len(rows[row])):
+            while rows[row][block] > 0 and costs.share(rows) < budget * (1 - tolerance):
+                rows[row][block] -= 1
+                if costs.share(rows) > budget:
+                    rows[row][block] += 1
+                    break
+    return rows

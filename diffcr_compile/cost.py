@@ -1,0 +1,186 @@
+"""What a routed model costs: FLOPs, counted by torch's counter, as a function of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import bind_arguments, iterate_leaves, map_leaves
+from .dry_run import dry_run, shadow
+from .errors import CaptureError
+from .flops import count_flops
+from .ratios import BIN, SCALE, capacity
+from .routed import BlockRouting, ModelRouting, forward_at, routing_of, settle
+
+_SAMPLED_RATIOS = (250, 500, 750)
+"""A block's FLOPs are a parabola in k (products with tokens, and of tokens with tokens): three points fix it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one forward (a multiplication and an addition count as two).
+
+    dense_flops: of the model at ratio zero. routed_flops: of the table's row of each timestep region. share: the mean of
+    routed_flops over the regions, as a share of dense_flops. The router's own products (N D a block) are not matrix products
+    and are not counted, nor are gathers.
+    """
+
+    dense_flops: int
+    routed_flops: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        return sum(self.routed_flops) / len(self.routed_flops) / self.dense_flops
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """FLOPs of one block: ``dense`` at k = N, ``skipped`` at ratio one, ``a + b k + c k^2`` between."""
+
+    num_tokens: int
+    dense: int
+    skipped: int
+    curve: tuple[float, float, float]
+
+    def at(self, ratio: int) -> int:
+        """FLOPs at a ratio in thousandths."""
+        k = capacity(self.num_tokens, ratio)
+        if k == self.num_tokens:
+            return self.dense
+        return self.skipped if k == 0 else self._at_capacity(k)
+
+    def _at_capacity(self, k: int) -> int:
+        a, b, c = self.curve
+        return round(a + b * k + c * k * k)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of a model on inputs of one shape: what every table costs, without running it."""
+
+    dense_flops: int
+    blocks: tuple[BlockCost, ...]
+
+    @property
+    def fixed_flops(self) -> int:
+        """FLOPs outside the routed blocks."""
+        return self.dense_flops - sum(block.dense for block in self.blocks)
+
+    def row_flops(self, row: Sequence[int]) -> int:
+        """FLOPs of one forward at one row of ratios in thousandths."""
+        return self.fixed_flops + sum(block.at(ratio) for block, ratio in zip(self.blocks, row, strict=True))
+
+    def share(self, rows: Sequence[Sequence[int]]) -> float:
+        """Mean share of the dense FLOPs over the rows of a table."""
+        return sum(map(self.row_flops, rows)) / len(rows) / self.dense_flops
+
+    @property
+    def minimum_share(self) -> float:
+        """Share of the dense FLOPs at ratio one everywhere."""
+        return self.share([[SCALE] * len(self.blocks)])
+
+    def expected_share(self, masters: Tensor) -> Tensor:
+        """Share at ratios between bins, as the two-bin estimator mixes them: differentiable, () float32.
+
+        masters: (num_regions, num_blocks) in [0, 1].
+        """
+        at_bins = torch.tensor([[block.at(ratio) for ratio in range(0, SCALE + 1, BIN)] for block in self.blocks])
+        at_bins = at_bins.double() / self.dense_flops
+        position = masters.double() * (SCALE / BIN)
+        lower = (position.detach() + 1e-5).floor().clamp(0, SCALE // BIN - 1)
+        columns = torch.arange(len(self.blocks))
+        low, high = at_bins[columns, lower.long()], at_bins[columns, lower.long() + 1]
+        spent = (low + (position - lower) * (high - low)).sum(dim=1).mean()
+        return (spent + self.fixed_flops / self.dense_flops).float()
+
+
+def cost(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Cost:
+    """FLOPs of the model, dense and at its present table.
+
+    example_inputs: keyword arguments of ``model.forward`` (only shapes, and the values of integers, matter); None: as when
+    the model was transformed. Raises NotTransformedError, CaptureError.
+    """
+    state = settle(model, example_inputs)
+    costs = measure_costs(model, example_inputs) if example_inputs is not None else cost_model(model)
+    rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
+    return Cost(costs.dense_flops, tuple(costs.row_flops(row) for row in rows))
+
+
+def cost_model(model: nn.Module) -> CostModel:
+    """The cost model of a transformed model, on inputs as it was last measured with (first: as it was transformed with)."""
+    state = settle(model)
+    if state.costs is None:
+        state.costs = measure_costs(model, state.example_inputs)
+    return state.costs
+
+
+def measure_costs(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
+    """Count the FLOPs of a model and of each of its blocks on ``inputs``, under fake tensors where the model allows."""
+    errors = []
+    for fake in (True, False):
+        try:
+            return _measure(shadow(model), inputs, fake=fake)
+        except Exception as error:  # whatever the user's model raises
+            errors.append(error)
+    raise CaptureError(
+        f"{type(model).__name__} could not be run on the inputs it was given: {type(errors[-1]).__name__}: {errors[-1]}"
+    ) from errors[-1]
+
+
+def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostModel:
+    state: ModelRouting = routing_of(model)
+    modules = [model.get_submodule(block.fqn) for block in state.blocks]
+    calls: dict[str, list[tuple[Any, Any]]] = {block.fqn: [] for block in state.blocks}
+    state.dense, state.observers = True, []
+    for block, module in zip(state.blocks, modules, strict=True):
+        block.compiled = None
+        module.register_forward_pre_hook(_recorder(calls[block.fqn]), with_kwargs=True)
+    with dry_run(model, fake=fake) as convert:
+        with count_flops() as counter:
+            model(**map_leaves(convert, inputs))
+        state.dense = False
+        known: dict[Any, BlockCost] = {}
+        blocks = []
+        for block, module in zip(state.blocks, modules, strict=True):
+            key = (next(iter(block.programs)), type(module), _shapes(module, calls[block.fqn]))
+            if key not in known:
+                known[key] = _measure_block(block, module, calls[block.fqn])
+            blocks.append(known[key])
+    return CostModel(counter.get_total_flops(), tuple(blocks))
+
+
+def _recorder(calls: list[tuple[Any, Any]]) -> Any:
+    return lambda module, args, kwargs: calls.append((args, kwargs))
+
+
+def _shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:
+    parameters = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    leaves = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(list(calls)) if isinstance(leaf, Tensor))
+    return parameters, leaves
+
+
+def _measure_block(block: BlockRouting, module: nn.Module, calls: list[tuple[Any, Any]]) -> BlockCost:
+    """Sum over the block's calls in one forward."""
+    num_tokens = _num_tokens(block, calls[0])
+
+    def flops(ratio: int) -> int:
+        with count_flops() as counter:
+            for args, kwargs in calls:
+                forward_at(module, ratio, args, kwargs)
+        return counter.get_total_flops()
+
+    ks = [capacity(num_tokens, ratio) for ratio in _SAMPLED_RATIOS]
+    powers = torch.tensor([[1.0, k, k * k] for k in ks], dtype=torch.float64)
+    found = torch.tensor([float(flops(ratio)) for ratio in _SAMPLED_RATIOS], dtype=torch.float64)
+    a, b, c = torch.linalg.lstsq(powers, found.unsqueeze(1)).solution.flatten().tolist()
+    return BlockCost(num_tokens, flops(0), flops(SCALE), (a, b, c))
+
+
+def _num_tokens(block: BlockRouting, call: tuple[Any, Any]) -> int:
+    bound = bind_arguments(block.positional, *call)
+    plan = block.program(bound).plan
+    return [leaf for _, leaf in iterate_leaves(bound) if leaf is not None][plan.stream].shape[plan.token_axis]

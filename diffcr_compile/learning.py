@@ -1,0 +1,82 @@
+"""Learning as a mode: inside it every block mixes its outputs at the two bins around its ratio, so that ratios learn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .cost import cost_model
+from .routed import ModelRouting, router_weight, settle
+from .table import read_table, sync_with_masters
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """What an optimiser may move beside the model's own weights.
+
+    ratios: float32 CPU leaf (num_regions, num_blocks), the masters of the table; the same tensor each time. routers: one
+    vector (D,) per block, in the order of the columns.
+    """
+
+    ratios: Tensor
+    routers: tuple[nn.Parameter, ...]
+
+
+@contextlib.contextmanager
+def learning(model: nn.Module) -> Iterator[Learnable]:
+    """Forward *and* backward inside learn routers and ratios (DiffCR, section 3)::
+
+        with diffcr_compile.learning(model) as learnable:
+            (loss(model) + 0.3 * diffcr_compile.budget_loss(model, 0.8)).backward()
+
+    A forward at ratio zero has the values of the original model. After an optimiser step on ``learnable.ratios`` the table in
+    force, and ``ratios(model)``, are its nearest bins. A ratio's cost is a second forward of its block.
+    Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
+    """
+    state = settle(model)
+    learnable = learnables(model, state)
+    before, state.learning = state.learning, True
+    try:
+        yield learnable
+    finally:
+        state.learning = before
+
+
+def learnables(model: nn.Module, state: ModelRouting) -> Learnable:
+    """The masters, made from the table at the first call, and the routers."""
+    if state.masters is None:
+        state.masters = read_table(state).requires_grad_()
+        state.synced = state.masters._version
+    routers = tuple(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)
+    return Learnable(state.masters, routers)  # type: ignore[arg-type]
+
+
+def budget_loss(model: nn.Module, budget: float) -> Tensor:
+    """Squared distance of the expected share of the dense FLOPs from ``budget``: differentiable, () float32 on the CPU.
+
+    Between bins the share is mixed as the outputs are. budget: in (0, 1]. Raises ValueError, NotTransformedError.
+    """
+    check_budget(budget)
+    state = settle(model)
+    sync_with_masters(state)
+    return (cost_model(model).expected_share(learnables(model, state).ratios) - budget).square()
+
+
+def check_budget(budget: float) -> None:
+    """Raises ValueError for a budget outside (0, 1]."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise ValueError(f"budget is the share of the dense FLOPs to keep and must lie in (0, 1], found {budget!r}")
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Inside, every block of a transformed model is as it was, whatever the table says: a teacher without a copy."""
+    state = settle(model)
+    before, state.dense = state.dense, True
+    try:
+        yield
+    finally:
+        state.dense = before

@@ -1,0 +1,138 @@
+"""``lower``: compile a routed model, so that saved FLOPs become saved time.
+
+Capacities are Python ints, so every graph is static. ``regional``: one graph per (family, k), shared by all layers and run
+from the eager model around them. ``full``: one graph of the whole denoiser per distinct row of the table; the timestep region
+is looked up on the host, outside the graph. Each graph has a code object of its own, since Dynamo counts recompilations per
+code object and falls back to eager without a word when the count is full.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from .arguments import bind_arguments, positional_names
+from .config import Scope
+from .errors import LoweringError
+from .region import pin_region, resolve_regions
+from .routed import STATE, BlockRouting, ModelRouting, forward_at, settle
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, **options: Any) -> nn.Module:
+    """Compile a transformed model in place with torch.compile; returns the same object. Graphs are made at their first use.
+
+    scope: ``"regional"`` compiles the blocks, ``"full"`` the whole denoiser; ``"auto"``: full where the mode records CUDA
+        graphs (regional CUDA graphs are broken in torch, pytorch issue 152887), else regional, which compiles in a time that
+        does not grow with depth.
+    mode: as in torch.compile. options: further arguments of torch.compile (``backend``, ``options``).
+
+    A later ``set_ratios`` or ``calibrate`` is followed: new capacities compile when they are first met. Outputs equal the eager
+    model's up to Inductor's rounding (1e-5 relative in float32, as for the dense model), as long as no two scores tie.
+    Raises LoweringError for a combination that can't work, NotTransformedError, CaptureError.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope must be one of {', '.join(map(repr, get_args(Scope)))}, found {scope!r}")
+    if mode is not None and mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, found {mode!r}")
+    if {"fullgraph", "dynamic"} & set(options):
+        raise LoweringError("lower compiles whole graphs of static shapes; leave fullgraph and dynamic out.")
+    records_cuda_graphs = mode in _CUDA_GRAPH_MODES
+    if scope == "regional" and records_cuda_graphs:
+        raise LoweringError(
+            f"mode {mode!r} records CUDA graphs, which several compiled regions of one model overwrite for each other (pytorch "
+            "issue 152887). Use scope='full', or mode='max-autotune-no-cudagraphs'."
+        )
+    state = settle(model)
+    if state.lowered is not None:
+        state.lowered.remove(model)
+    chosen = scope if scope != "auto" else ("full" if records_cuda_graphs else "regional")
+    compile_options = {"mode": mode, "fullgraph": True, "dynamic": False, **options}
+    lowered = Lowered(chosen, compile_options, clone_outputs=records_cuda_graphs)
+    lowered.install(model)
+    state.lowered = lowered
+    return model
+
+
+@dataclass(eq=False)
+class Lowered:
+    """What ``lower`` put into a model: how it was asked to compile, and the graphs made so far."""
+
+    scope: str
+    options: dict[str, Any]
+    clone_outputs: bool
+    graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lowered:
+        return Lowered(self.scope, self.options, self.clone_outputs)
+
+    def install(self, model: nn.Module) -> None:
+        """Route the model's (or its blocks') calls through the compiled graphs."""
+        state: ModelRouting = model.__dict__[STATE]
+        if self.scope == "full":
+            model._compiled_call_impl = functools.partial(self.run_model, model)  # type: ignore[assignment]
+        else:
+            for block in state.blocks:
+                block.compiled = self.run_block
+
+    def remove(self, model: nn.Module) -> None:
+        """Inverse of :meth:`install`; the graphs are kept for another time."""
+        state: ModelRouting = model.__dict__[STATE]
+        if self.scope == "full":
+            model._compiled_call_impl = None
+        for block in state.blocks:
+            block.compiled = None
+
+    def run_block(self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One block, by the graph of its family at this ratio."""
+        routing: BlockRouting = module.__dict__[STATE]
+        key = (tuple(id(program) for program in routing.programs.values()), ratio)
+        return self._graph(key, _block_body)(module, ratio, args, kwargs)
+
+    def run_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The whole model, by the graph of the row for this timestep; a batch in several regions runs eagerly around them."""
+        state: ModelRouting = model.__dict__[STATE]
+        if state.learning or state.dense or state.observers:
+            return model._call_impl(*args, **kwargs)
+        bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
+        regions = resolve_regions(model, state, bound)
+        if len(set(regions)) > 1:
+            return model._call_impl(*args, **kwargs)
+        row = tuple(block.ratios[regions[0]] for block in state.blocks)
+        with pin_region(state, regions[0]):
+            output = self._graph(row, _model_body)(model, args, kwargs)
+        return _clone(output) if self.clone_outputs else output
+
+    def _graph(self, key: Any, body: Callable[..., Any]) -> Callable[..., Any]:
+        graph = self.graphs.get(key)
+        if graph is None:
+            graph = self.graphs[key] = torch.compile(_own_code(body, len(self.graphs)), **self.options)
+        return graph
+
+
+def _block_body(module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward_at(module, ratio, args, kwargs)
+
+
+def _model_body(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """The same function with a code object of its own, and so with a recompilation count of its own."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    return types.FunctionType(code, function.__globals__, code.co_name)
+
+
+def _clone(output: Any) -> Any:
+    """CUDA graphs write every call's output to the same place; two-call guidance needs both."""
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
