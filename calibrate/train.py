@@ -177,8 +177,8 @@ class _Calibration:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(value)) or not bool(torch.isfinite(norm)):
             raise CalibrationError(
-                f"the loss is {float(value):g} with a gradient norm of {float(norm):g} at step {len(self.history)}. Expected finite "
-                "values: lower the learning rates, or look at the batches. Table and routers are as before the call."
+                f"the loss is {float(value):g} and its gradient norm {float(norm):g} at step {len(self.history)}. Expected "
+                "finite values: lower the learning rates, or look at the batches. Table and routers are as before the call."
             )
         optimizer.step()
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 Path = tuple[str | int, ...]
-Signature = tuple[tuple[Path, object], ...]
+Signature = tuple[tuple[Path, int | str], ...]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -73,12 +73,12 @@ def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()
 
 
 def signature_of(bound: dict[str, Any]) -> Signature:
-    """What a routing plan is valid for: each leaf's path with a tensor's rank or the leaf's type.
+    """What a routing plan is valid for: each leaf's path with a tensor's rank or the name of the leaf's type.
 
     ``None`` counts as absent: a block may be called with an optional argument left out or given as ``None``.
     """
     return tuple(
-        (path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf))
+        (path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf).__name__)
         for path, leaf in iterate_leaves(bound)
         if leaf is not None
     )

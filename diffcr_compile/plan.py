@@ -127,3 +127,30 @@ class ModelPlan:
     output_batch_axes: tuple[int, ...]
     dense_flops: int
     family_flops: tuple[int, ...]
+
+
+def plan_from_dict(data: dict[str, Any]) -> ModelPlan:
+    """Inverse of ``dataclasses.asdict``. Raises KeyError, TypeError or ValueError for what no plan looks like."""
+    families = tuple(
+        BlockPlan(
+            **{
+                **family,
+                "leaves": tuple(_leaf_from_dict(leaf) for leaf in family["leaves"]),
+                "outputs": tuple(OutputPlan(**output) for output in family["outputs"]),
+            }
+        )
+        for family in data["families"]
+    )
+    return ModelPlan(
+        **{
+            **data,
+            "families": families,
+            "sites": tuple(Site(**site) for site in data["sites"]),
+            "refusals": tuple(Refusal(**refusal) for refusal in data["refusals"]),
+            "timestep": None if data["timestep"] is None else TimestepPlan(**data["timestep"]),
+        }
+    )
+
+
+def _leaf_from_dict(data: dict[str, Any]) -> LeafPlan:
+    return LeafPlan(**{**data, "token_axes": tuple(TokenAxis(**axis) for axis in data["token_axes"])})

@@ -129,6 +129,7 @@ def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kw
             f"the blocks of {type(model).__name__} have not been looked for yet, and can't be while the model is compiled or "
             "exported. Pass example_inputs to transform, or run the model once before."
         )
+    assert state.deferred is not None
     state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
 
 

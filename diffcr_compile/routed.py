@@ -154,7 +154,7 @@ class BlockRouting:
         return program
 
     def _unknown_call(self, bound: dict[str, Any]) -> str:
-        found = {path: kind for path, kind in signature_of(bound)}
+        found = dict(signature_of(bound))
         known = [dict(signature) for signature in self.programs]
         new = sorted(str(path) for path in found if all(found[path] != plan.get(path) for plan in known))
         gone = sorted(str(path) for path in known[0] if path not in found)

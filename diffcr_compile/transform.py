@@ -18,6 +18,7 @@ from .passes.capture import capture_calls
 from .passes.route import plan_model, route_blocks
 from .passes.timestep import find_timestep
 from .passes.weigh import drop_small_families
+from .plan import ModelPlan
 from .region import add_region_hooks, remove_region_hooks
 from .routed import STATE, ModelRouting, routing_of, unbind
 
@@ -67,6 +68,13 @@ def transform(
     model.__dict__[STATE] = state
     add_region_hooks(model)
     return model
+
+
+def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
+    """Route ``model`` by a plan that was made before; nothing is analysed."""
+    route_blocks(model, plan, state)
+    model.__dict__[STATE] = state
+    add_region_hooks(model)
 
 
 class _Search:

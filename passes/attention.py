@@ -58,7 +58,7 @@ def _attentions(block: BlockAnalysis) -> Iterator[tuple[str, sympy.Expr]]:
 def _contractions(block: BlockAnalysis, node: fx.Node) -> list[tuple[sympy.Expr, sympy.Expr]]:
     """(rows of the result, contracted length) of a product of two tensors."""
     if node.target in _PRODUCTS:
-        first = block.dims(node.args[_PRODUCTS[node.target]])
+        first = block.dims(node.args[_PRODUCTS[node.target]])  # type: ignore[index]
         return [(first[-2], first[-1])] if len(first) >= 2 else []
     if node.target is _aten.einsum.default:
         return _einsum_contractions(block, node)
@@ -69,7 +69,8 @@ def _einsum_contractions(block: BlockAnalysis, node: fx.Node) -> list[tuple[symp
     equation: Any = node.args[0]
     left, _, right = equation.replace(" ", "").replace("...", "").partition("->")
     terms = left.split(",")
-    operands = [block.dims(operand) for operand in node.args[1]]
+    factors: Any = node.args[1]
+    operands = [block.dims(factor) for factor in factors]
     sizes = {
         letter: size
         for term, dims in zip(terms, operands, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..arguments import Path, iterate_leaves, map_leaves, positional_names, signature_of
 from ..config import DiffCRConfig
@@ -65,8 +65,8 @@ class BlockAnalysis:
             if size.is_Symbol
         }
 
-    def dims(self, value: Tensor | fx.Node) -> Dims:
-        """Shape of a node of the graph."""
+    def dims(self, value: Any) -> Dims:
+        """Shape of a node of the graph, or of a tensor."""
         shape = value.meta["val"].shape if isinstance(value, fx.Node) else value.shape
         return tuple(to_expression(size) for size in shape)
 

@@ -66,7 +66,8 @@ class _Search:
             yield Refusal(kind, tuple(fqns), reason)
 
     def _visit_children(self, module: nn.Module, fqn: str) -> bool:
-        return any([self.visit(child, f"{fqn}.{name}") for name, child in module.named_children()])
+        found = [self.visit(child, f"{fqn}.{name}") for name, child in module.named_children()]
+        return any(found)
 
     def _may_be_block(self, fqn: str) -> bool:
         """Whether a call of the module attends, and takes and returns a float tensor of the same shape."""
@@ -101,7 +102,7 @@ class _Search:
             if isinstance(verdict, str):
                 self._refuse(module, fqn, verdict)
                 return False
-        self.sites.append(Site(fqn, verdict))
+        self.sites.append(Site(fqn, int(verdict)))
         return True
 
     def _analyse(self, module: nn.Module, fqn: str, call: Call) -> int | str:

@@ -37,9 +37,7 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
     name = _name(node.target)
     if name in _SUMS:
         operands = node.args[: _SUMS[name]]
-    elif name in _MOVES:
-        operands = node.args[:1]
-    elif name in ("mul", "div") and node.args[1] == 1.0:
+    elif name in _MOVES or (name in ("mul", "div") and node.args[1] == 1.0):
         operands = node.args[:1]
     else:
         operands = ()

@@ -12,8 +12,8 @@ from dataclasses import replace
 import sympy
 from torch import fx
 
-from ..plan import LeafPlan, OutputPlan, Size, TokenAxis
 from ..arguments import leaf_name
+from ..plan import LeafPlan, OutputPlan, Size, TokenAxis
 from .analysis import Refused, TensorInfo
 from .block import BlockAnalysis
 from .residual import residual_sources

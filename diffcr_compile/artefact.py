@@ -1,0 +1,213 @@
+"""``save`` and ``load``: a routing as a small directory, JSON beside safetensors, never pickled.
+
+    routing.json         type, version, configuration, the plan, fingerprint of the model, ratio table
+    routers.safetensors  one float vector per block
+
+``load`` needs no inputs: it writes the programs from the stored plan. The fingerprint ties the plan to the model's classes
+and parameter shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from .config import DiffCRConfig
+from .errors import AlreadyTransformedError, ArtefactError
+from .plan import ModelPlan, plan_from_dict
+from .ratios import SCALE
+from .routed import STATE, ModelRouting, router_weight, routing_of, settle
+from .table import write_table
+from .transform import attach, restore
+
+TYPE, VERSION = "diffcr_compile.routing", 1
+_JSON, _TENSORS = "routing.json", "routers.safetensors"
+_LARGEST_JSON_BYTES = 64 * 2**20
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a transformed model's routing to the directory ``path``: plan, table and routers, not the model's weights.
+
+    Written beside it and moved into place, so that a failure leaves what was there. Raises NotTransformedError, CaptureError
+    (blocks not looked for yet), ArtefactError where ``path`` exists and is no such directory.
+    """
+    state = settle(model)
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / _JSON).is_file())):
+        raise ArtefactError(f"{target} exists and is no saved routing; expected a new path, or one written by save.")
+    routers = {
+        block.fqn: router_weight(model.get_submodule(block.fqn)).detach().cpu().contiguous() for block in state.blocks
+    }
+    tensors = save_safetensors(routers)
+    record = {
+        "type": TYPE,
+        "version": VERSION,
+        "config": state.config.to_dict(),
+        "fingerprint": fingerprint(model),
+        "plan": _encode(asdict(state.plan)),
+        "table": [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)],
+        "trained": state.trained,
+        "sha256": hashlib.sha256(tensors).hexdigest(),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        (fresh / _TENSORS).write_bytes(tensors)
+        (fresh / _JSON).write_text(json.dumps(record, indent=1))
+        _replace_directory(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Route a plain model as it was when :func:`save` wrote ``path``; in place, returns the same object. Needs no inputs.
+
+    Raises AlreadyTransformedError; ArtefactError for files that are missing, damaged, newer than this package, or made for
+    another architecture. The model is then as it was before.
+    """
+    if routing_of(model) is not None:
+        raise AlreadyTransformedError(f"{type(model).__name__} is already transformed; restore(model) before load.")
+    source = Path(path)
+    record = _read_record(source)
+    tensors = _read_tensors(source, record)
+    try:
+        config = DiffCRConfig.from_dict(record["config"])
+        plan = plan_from_dict(_decode(record["plan"]))
+        table = [[int(value) for value in row] for row in record["table"]]
+        expected = record["fingerprint"]
+        trained = bool(record["trained"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtefactError(f"{source / _JSON} is damaged: {type(error).__name__}: {error}.") from error
+    found = fingerprint(model)
+    if expected != found:
+        raise ArtefactError(
+            f"{source} was made for another architecture than this {type(model).__name__} (fingerprint {expected!s:.12}, this "
+            f"model's {found:.12}). Classes, names and shapes of all parameters must agree."
+        )
+    _check_table(source, table, plan, config)
+    _check_tensors(source, tensors, plan)
+    attach(model, ModelRouting(config), plan)
+    state: ModelRouting = model.__dict__[STATE]
+    try:
+        with torch.no_grad():
+            for block in state.blocks:
+                router_weight(model.get_submodule(block.fqn)).copy_(tensors[block.fqn])
+        write_table(state, table)
+        state.trained = trained
+    except Exception:
+        restore(model)
+        raise
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's structure: every module's name and class, every parameter's name and shape, routing left out."""
+    parts = [f"{name} {type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()]
+    parts += [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
+    kept = [part for part in parts if "diffcr_router" not in part]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+
+
+def _replace_directory(fresh: Path, target: Path) -> None:
+    """Put ``fresh`` in the place of ``target``; what was there is moved aside first and brought back on failure."""
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
+    os.rename(target, aside)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _read_record(source: Path) -> dict[str, Any]:
+    file = source / _JSON
+    if not file.is_file() or not (source / _TENSORS).is_file():
+        raise ArtefactError(f"{source} holds no saved routing; expected the files {_JSON} and {_TENSORS} there.")
+    if file.stat().st_size > _LARGEST_JSON_BYTES:
+        raise ArtefactError(
+            f"{file} is {file.stat().st_size} bytes long; no routing is longer than {_LARGEST_JSON_BYTES}."
+        )
+    try:
+        record = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{file} is damaged: {error}. Save the routing again.") from error
+    if not isinstance(record, dict) or record.get("type") != TYPE:
+        raise ArtefactError(f"{file} is no saved routing: expected type {TYPE!r}.")
+    version = record.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ArtefactError(
+            f"{file} has version {version!r}, newer than this package knows ({VERSION}). Upgrade diffcr-compile."
+        )
+    return record
+
+
+def _read_tensors(source: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    file = source / _TENSORS
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record.get("sha256"):
+        raise ArtefactError(
+            f"{file} is not the one that {_JSON} was written with (truncated or changed). Save the routing again."
+        )
+    try:
+        return load_safetensors(data)
+    except SafetensorError as error:
+        raise ArtefactError(f"{file} is damaged: {error}.") from error
+
+
+def _check_table(source: Path, table: list[list[int]], plan: ModelPlan, config: DiffCRConfig) -> None:
+    shape = (config.num_regions if plan.timestep is not None else 1, len(plan.sites))
+    if len(table) != shape[0] or any(len(row) != shape[1] for row in table):
+        raise ArtefactError(f"{source / _JSON} is damaged: expected a ratio table of shape {shape}.")
+    if not all(0 <= value <= SCALE for row in table for value in row):
+        raise ArtefactError(f"{source / _JSON} is damaged: ratios outside 0..{SCALE} thousandths.")
+
+
+def _check_tensors(source: Path, tensors: dict[str, Tensor], plan: ModelPlan) -> None:
+    widths = {site.fqn: plan.families[site.family].width for site in plan.sites}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
+        fqn: (width,) for fqn, width in widths.items()
+    }:
+        raise ArtefactError(f"{source / _TENSORS} does not hold one router for each block of the plan.")
+
+
+def _encode(value: Any) -> Any:
+    """JSON form of a plan's dictionary; what JSON has no word for is tagged."""
+    if isinstance(value, dict):
+        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, frozenset):
+        return {"frozenset": sorted((_encode(item) for item in value), key=repr)}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "dict":
+        return {_decode(key): _decode(item) for key, item in content}
+    if tag in ("tuple", "frozenset"):
+        return {"tuple": tuple, "frozenset": frozenset}[tag](_decode(item) for item in content)
+    raise ValueError(f"unknown tag {tag!r}")

@@ -1,0 +1,94 @@
+"""``explain``: what was found in a model, as data that prints well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .plan import BlockPlan, ModelPlan
+from .routed import BlockRouting, settle
+from .table import read_table
+
+
+@dataclass(frozen=True)
+class FamilyExplanation:
+    """Blocks that share one plan: their names, the plan, and the routed program as Python code of its FX graph."""
+
+    plan: BlockPlan
+    blocks: tuple[str, ...]
+    flops_share: float
+    program: str
+
+    def __str__(self) -> str:
+        plan = self.plan
+        stream = plan.leaves[plan.stream]
+        others = f" ... {self.blocks[-1]}" if len(self.blocks) > 1 else ""
+        lines = [
+            f"{plan.kind} x {len(self.blocks)}: {self.blocks[0]}{others}",
+            f"  {self.flops_share:.1%} of the FLOPs; attention: {plan.attention}; called: {plan.lift}; "
+            f"proof error: {plan.error:.1e}",
+            f"  tokens: {stream.name}[{', '.join(stream.dims)}]",
+        ]
+        for leaf in plan.leaves:
+            if leaf is not stream and leaf.is_tensor:
+                follows = "follows the tokens" if leaf.token_axes else "as it is"
+                lines.append(f"  {leaf.name}[{', '.join(leaf.dims)}]: {follows}")
+        for index, output in enumerate(plan.outputs):
+            joined = "made anew" if output.source is None else f"joined to {plan.leaves[output.source].name}"
+            put = ", skipped tokens keep their input" if output.routed else ""
+            lines.append(f"  output {index}[{', '.join(output.dims)}]: {joined}{put}")
+        lines += ["  routed program:", *(f"    {line}" for line in self.program.strip().splitlines())]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is routed in a model and what is not. table: float32 (num_regions, num_blocks)."""
+
+    model: str
+    plan: ModelPlan
+    families: tuple[FamilyExplanation, ...]
+    table: Tensor
+    trained: bool
+
+    @property
+    def routable_share(self) -> float:
+        """Share of the dense FLOPs that lies in routed blocks."""
+        return sum(family.flops_share for family in self.families)
+
+    def __str__(self) -> str:
+        blocks = sum(len(family.blocks) for family in self.families)
+        lines = [
+            f"{self.model}: {blocks} routed blocks in {len(self.families)} families, {self.routable_share:.1%} of "
+            f"{self.plan.dense_flops / 1e9:.3g} GFLOPs; routers {'trained' if self.trained else 'untrained'}",
+            f"{self.plan.timestep_note}; ratio table {tuple(self.table.shape)}, mean {float(self.table.mean()):.3f}",
+            "",
+            *(str(family) + "\n" for family in self.families),
+        ]
+        if self.plan.refusals:
+            lines += ["stay dense:", *(f"  {refusal}" for refusal in self.plan.refusals)]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which blocks are routed, why, which tensors follow the tokens, what it costs, and what stays dense for which reason.
+
+    Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
+    """
+    state = settle(model)
+    plan = state.plan
+    families = []
+    for index, family in enumerate(plan.families):
+        blocks = tuple(site.fqn for site in plan.sites if site.family == index)
+        routing = next(block for block in state.blocks if block.fqn == blocks[0])
+        share = plan.family_flops[index] / max(plan.dense_flops, 1)
+        families.append(FamilyExplanation(family, blocks, share, _program(routing, family)))
+    return Explanation(type(model).__name__, plan, tuple(families), read_table(state), state.trained)
+
+
+def _program(routing: BlockRouting, family: BlockPlan) -> str:
+    """The graph's code, without the cleaning up of names that only frees memory and without module prefixes."""
+    program = next(program for program in routing.programs.values() if program.plan is family)
+    lines = [line.partition(";")[0].rstrip() for line in program.graph.code.strip().splitlines()]
+    return "\n".join(line.replace("diffcr_compile_primitives_", "") for line in lines if line.strip())
