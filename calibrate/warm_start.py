@@ -78,8 +78,9 @@ def _observer(block: BlockRouting, moments: _Moments) -> Callable[..., None]:
         plan = block.program(bound).plan
         tokens = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None][plan.stream]
         outputs = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
-        result = next(out for out, known in zip(outputs, plan.outputs, strict=True) if known.source == plan.stream)
-        size = (result.double() - tokens.double()).square().mean(-1).clamp(min=1e-12).log() / 2
+        result = outputs[plan.routed_output].double()
+        update = result if plan.is_branch else result - tokens.double()
+        size = update.square().mean(-1).clamp(min=1e-12).log() / 2
         moments.add(tokens.reshape(-1, tokens.shape[-1]), size.reshape(-1))
 
     return observe

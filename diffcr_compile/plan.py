@@ -45,12 +45,17 @@ class LeafPlan:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """One tensor of the block's output. ``source``: index of the leaf it is joined to by residual adds, if any."""
+    """One tensor of the block's output.
+
+    routed: it follows the tokens. source: index of the leaf it is joined to by residual adds, if any. added: the caller adds it
+    to the tokens (the module is a branch), so that a skipped token's value is zero.
+    """
 
     dims: tuple[str, ...]
     batch_axis: int
     routed: bool
     source: int | None
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,20 @@ class BlockPlan:
 
     @property
     def can_skip_block(self) -> bool:
-        """Whether every output has an input to fall back on, so that a ratio of one may skip the block."""
-        return all(output.source is not None for output in self.outputs)
+        """Whether every output has an input or zeros to fall back on, so that a ratio of one may skip the block."""
+        shape = self.leaves[self.stream].dims[:-1]
+        return all(output.source is not None or (output.added and output.dims[:-1] == shape) for output in self.outputs)
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether the caller adds what the module returns."""
+        return self.outputs[self.routed_output].added
+
+    @property
+    def routed_output(self) -> int:
+        """Index of the output that holds the stream's tokens."""
+        routed = [index for index, output in enumerate(self.outputs) if output.routed]
+        return min(routed, key=lambda index: (self.outputs[index].source != self.stream, index))
 
 
 @dataclass(frozen=True)

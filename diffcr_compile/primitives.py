@@ -62,6 +62,13 @@ def put_tokens(x: Tensor, indices: Tensor, update: Tensor, token_axis: int, batc
     return x.scatter(token_axis, _spread(indices, update, token_axis, batch_axis), update.to(x.dtype))
 
 
+def blank_tokens(update: Tensor, num_tokens: int, token_axis: int) -> Tensor:
+    """Zeros for ``num_tokens`` tokens of the kind of ``update``: what skipped tokens take from a branch."""
+    sizes = list(update.shape)
+    sizes[token_axis] = num_tokens
+    return update.new_zeros(sizes)
+
+
 def take_scores(scores: Tensor, kept: Tensor) -> Tensor:
     """Scores of the kept tokens: (B, K)."""
     return scores.gather(1, kept)

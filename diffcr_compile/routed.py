@@ -63,10 +63,17 @@ class Program:
 
     def skip(self, values: Sequence[Any]) -> Any:
         """The output of a block that is skipped whole: what came in."""
-        sources = iter(self.plan.outputs)
-        return map_leaves(
-            lambda _, index: None if index is None else values[_known(next(sources).source)], self.plan.output_template
-        )
+
+        def fallback(_: Any, index: int | None) -> Tensor | None:
+            if index is None:
+                return None
+            output = self.plan.outputs[index]
+            if output.source is not None:
+                return values[output.source]
+            tokens = values[self.plan.stream]
+            return tokens.new_zeros(*tokens.shape[:-1], int(output.dims[-1]))
+
+        return map_leaves(fallback, self.plan.output_template)
 
     def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
         """The leaves of a bound call, after a check that the lengths which follow the tokens do so here."""
@@ -292,8 +299,3 @@ def unbind(module: nn.Module) -> None:
     del module._modules[ROUTER]
     if getattr(module.__dict__.get("forward"), "__func__", None) is routed_forward(routing.base):
         del module.__dict__["forward"]
-
-
-def _known(index: int | None) -> int:
-    assert index is not None
-    return index

@@ -24,7 +24,7 @@ class BlockAnalysis:
 
     leaves: the leaves of its call that are not None, in order; leaf_dims and output_dims: shapes of the tensor ones and of
     the tensor outputs; graph_inputs: the graph's placeholder of each tensor leaf. token and batch: the symbols of the routed
-    tokens' length and of the batch size.
+    tokens' length and of the batch size. is_branch: its caller adds what it returns, as proved in the caller's graph.
     """
 
     module: nn.Module
@@ -42,6 +42,7 @@ class BlockAnalysis:
     stream: int = -1
     leaves: tuple[LeafPlan, ...] = ()
     outputs: tuple[OutputPlan, ...] = ()
+    is_branch: bool = False
     plan: BlockPlan | None = None
 
     @property

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..arguments import iterate_leaves, map_leaves
 from ..plan import BlockPlan, Refusal, Site
 from .analysis import Call, ModelAnalysis, Refused, TensorInfo, log, run_passes
 from .attention import find_attention
 from .block import BlockAnalysis
+from .branches import prove_added
 from .export import export_block
 from .tokens import find_stream, plan_leaves
 from .verify import prove_block
@@ -27,11 +28,12 @@ def find_blocks(analysis: ModelAnalysis) -> ModelAnalysis:
     """Fill in ``families``, ``sites`` and ``refusals``.
 
     A module with attention whose class is repeated is tried before its parts; one that stands alone after them. What is
-    refused is searched within. Sites are in order of first execution.
+    refused is searched within, and last as a branch that its caller adds. Sites are in order of first execution.
     """
     search = _Search(analysis)
     for fqn, module in analysis.model.named_children():
         search.visit(module, fqn)
+    search.visit_branches()
     order = {fqn: min(call.in_order for call in calls) for fqn, calls in analysis.calls.items()}
     sites = sorted(search.sites, key=lambda site: order[site.fqn])
     return replace(analysis, families=tuple(search.families), sites=tuple(sites), refusals=tuple(search.refusals()))
@@ -46,6 +48,7 @@ class _Search:
         self.sites: list[Site] = []
         self._modules = dict(analysis.model.named_modules())
         self._verdicts: dict[Any, int | str] = {}
+        self._graphs: dict[Any, Any] = {}
         self._refused: dict[tuple[str, str], list[str]] = {}
         self._counts: dict[type, int] = {}
         for fqn in analysis.calls:
@@ -59,6 +62,13 @@ class _Search:
         if self._counts[type(module)] > 1 and not self._is_stack(module):
             return self._try(module, fqn) or self._visit_children(module, fqn)
         return self._visit_children(module, fqn) or self._try(module, fqn)
+
+    def visit_branches(self) -> None:
+        """Try what was refused as a block as a branch, outermost first, beside and not within what is routed."""
+        for fqn in sorted((fqn for fqns in self._refused.values() for fqn in fqns), key=lambda fqn: fqn.count(".")):
+            related = any(_contains(site.fqn, fqn) or _contains(fqn, site.fqn) for site in self.sites)
+            if not related and self._try(self._modules[fqn], fqn, as_branch=True):
+                self._forget(fqn)
 
     def refusals(self) -> Iterator[Refusal]:
         """What stays dense, one entry for each (class, reason)."""
@@ -89,15 +99,16 @@ class _Search:
             for group in parts.values()
         )
 
-    def _try(self, module: nn.Module, fqn: str) -> bool:
+    def _try(self, module: nn.Module, fqn: str, *, as_branch: bool = False) -> bool:
         """Whether the module's family can be routed; the site or the refusal is noted."""
         if not self.analysis.filter_fn(module, fqn):
             self._refuse(module, fqn, "left out by filter_fn")
             return False
+        caller = self._caller(fqn) if as_branch else None
         for call in self.analysis.calls[fqn]:
-            key = _family_key(module, call)
+            key = (_family_key(module, call), None if caller is None else self._key_in_caller(fqn, caller))
             if key not in self._verdicts:
-                self._verdicts[key] = self._analyse(module, fqn, call)
+                self._verdicts[key] = self._analyse(module, fqn, call, caller)
             verdict = self._verdicts[key]
             if isinstance(verdict, str):
                 self._refuse(module, fqn, verdict)
@@ -105,10 +116,13 @@ class _Search:
         self.sites.append(Site(fqn, int(verdict)))
         return True
 
-    def _analyse(self, module: nn.Module, fqn: str, call: Call) -> int | str:
-        """Index of the new family, or the reason why there is none."""
+    def _analyse(self, module: nn.Module, fqn: str, call: Call, caller: str | None) -> int | str:
+        """Index of the new family, or the reason why there is none. ``caller``: who must add it, for a branch."""
+        block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None)
         try:
-            block = run_passes(BLOCK_PASSES, BlockAnalysis(module, fqn, call, self.analysis.config))
+            if caller is not None:
+                prove_added(self._graph_of(caller), fqn.removeprefix(f"{caller}."))
+            block = run_passes(BLOCK_PASSES, block)
         except Refused as refused:
             log.info("%s stays dense: %s", fqn, refused)
             return str(refused)
@@ -116,8 +130,39 @@ class _Search:
         self.families.append(block.plan)
         return len(self.families) - 1
 
+    def _caller(self, fqn: str) -> str:
+        """The nearest module around ``fqn`` that was called itself; the root is the empty name."""
+        name = fqn
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self.analysis.calls:
+                return name
+        return ""
+
+    def _key_in_caller(self, fqn: str, caller: str) -> Any:
+        return fqn.removeprefix(f"{caller}."), _family_key(self._modules[caller], self.analysis.calls[caller][0])
+
+    def _graph_of(self, caller: str) -> fx.Graph:
+        """The exported graph of a caller, made once per family."""
+        module, call = self._modules[caller], self.analysis.calls[caller][0]
+        key = _family_key(module, call)
+        if key not in self._graphs:
+            self._graphs[key] = export_block(BlockAnalysis(module, caller, call, self.analysis.config)).graph
+        return self._graphs[key]
+
     def _refuse(self, module: nn.Module, fqn: str, reason: str) -> None:
+        """Note the reason found last for ``fqn``."""
+        self._forget(fqn)
         self._refused.setdefault((type(module).__name__, reason), []).append(fqn)
+
+    def _forget(self, fqn: str) -> None:
+        self._refused = {
+            key: kept for key, fqns in self._refused.items() if (kept := [name for name in fqns if name != fqn])
+        }
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return inner.startswith(f"{outer}.")
 
 
 def _is_stream(leaf: Any) -> bool:

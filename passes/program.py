@@ -24,6 +24,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from .. import primitives
@@ -125,11 +126,15 @@ class _Writer:
 
     def _put(self, index: int, result: fx.Node, taken: list[fx.Node], scores: fx.Node) -> fx.Node:
         """Gate the stream's result, and put it back among the tokens that were skipped."""
-        source = self.plan.outputs[index].source
-        assert source is not None
-        leaf = self.plan.leaves[source]
-        axes = (leaf.token_axes[0].axis, leaf.batch_axis)
-        if source == self.plan.stream:
+        output = self.plan.outputs[index]
+        axes = (output.dims.index("N"), output.batch_axis)
+        if output.source is None:
+            before = self._call("blank_kept", torch.zeros_like, result)
+            num_tokens = self._size(self.plan.stream, self.plan.token_axis)
+            base = self._call("blank", primitives.blank_tokens, result, num_tokens, axes[0])
+        else:
+            before, base = taken[output.source], self.leaves[output.source]
+        if index == self.plan.routed_output:
             kept_scores = self._call("kept_scores", primitives.take_scores, scores, self.kept)
-            result = self._call(f"gated_{index}", _GATES[self.gate], result, taken[source], kept_scores, *axes)
-        return self._call(f"routed_{index}", primitives.put_tokens, self.leaves[source], self.kept, result, *axes)
+            result = self._call(f"gated_{index}", _GATES[self.gate], result, before, kept_scores, *axes)
+        return self._call(f"routed_{index}", primitives.put_tokens, base, self.kept, result, *axes)

@@ -34,10 +34,10 @@ def residual_sources(output: fx.Node) -> set[fx.Node]:
 
 
 def _operands(node: fx.Node) -> Iterator[fx.Node]:
-    name = _name(node.target)
+    name = operator_name(node.target)
     if name in _SUMS:
         operands = node.args[: _SUMS[name]]
-    elif name in _MOVES or (name in ("mul", "div") and node.args[1] == 1.0):
+    elif is_move(name) or (name in ("mul", "div") and node.args[1] == 1.0):
         operands = node.args[:1]
     else:
         operands = ()
@@ -48,6 +48,12 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
             yield from (item for item in operand if isinstance(item, fx.Node))
 
 
-def _name(target: Any) -> str:
+def is_move(name: str) -> bool:
+    """Whether an operator moves values about without changing them."""
+    return name in _MOVES
+
+
+def operator_name(target: Any) -> str:
+    """``add`` for ``aten.add.Tensor``."""
     packet = getattr(target, "overloadpacket", target)
     return getattr(packet, "__name__", str(packet))

@@ -25,6 +25,8 @@ def find_stream(block: BlockAnalysis) -> BlockAnalysis:
     Longest in the captured call: where text and image tokens meet in one attention, the image is routed.
     """
     joined = {index for output in block.graph_outputs for index in _joined_leaves(block, output)}
+    if block.is_branch:
+        joined = {index for index, dims in enumerate(block.leaf_dims) if _is_answered(block, dims)}
     candidates = []
     for index, (_, leaf) in enumerate(block.call_leaves):
         if index in joined and isinstance(leaf, TensorInfo) and leaf.dtype.is_floating_point:
@@ -79,9 +81,14 @@ def _plan_output(block: BlockAnalysis, output: fx.Node, names: dict[sympy.Symbol
     routed = any(_holds(block, size) for size in dims)
     joined = sorted(_joined_leaves(block, output), key=lambda index: (index != block.stream, index))
     source = joined[0] if joined else None
-    if routed and (source is None or dims.count(block.token) != 1):
+    if routed and ((source is None and not block.is_branch) or dims.count(block.token) != 1):
         raise Refused(f"an output follows the tokens but is no input plus something: {_text(dims)}")
-    return OutputPlan(text, dims.index(block.batch), routed, source)
+    return OutputPlan(text, dims.index(block.batch), routed, None if block.is_branch else source, block.is_branch)
+
+
+def _is_answered(block: BlockAnalysis, dims: tuple[sympy.Expr, ...]) -> bool:
+    """Whether some output has the same axes, the width aside."""
+    return len(dims) > 1 and any(block.dims(output)[:-1] == dims[:-1] for output in block.graph_outputs)
 
 
 def _joined_leaves(block: BlockAnalysis, output: fx.Node) -> Iterator[int]:

@@ -178,10 +178,12 @@ class _Trial:
     def _check_skipped(
         self, plan: BlockPlan, source: int | None, result: Tensor, kept: Tensor, sample: int, axis: int
     ) -> None:
-        assert source is not None
         skipped = torch.tensor([index for index in range(NUM_TOKENS) if index not in kept])
-        before = _narrow(plan.leaves[source], self.values[source], sample).index_select(axis, skipped)
-        if not torch.equal(result.index_select(axis, skipped), before):
+        found = result.index_select(axis, skipped)
+        before = torch.zeros_like(found)
+        if source is not None:
+            before = _narrow(plan.leaves[source], self.values[source], sample).index_select(axis, skipped)
+        if not torch.equal(found, before):
             raise Refused("a skipped token did not keep its bits")
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
