@@ -63,7 +63,7 @@ class BlockPlan:
     """How the blocks of one family are routed at one call signature.
 
     arguments: the bound call, and outputs_template: the block's return value, each with tensors replaced by their index.
-    stream: index of the leaf that holds the routed tokens.
+    stream: index of the leaf that holds the routed tokens. in_place: the block writes into them.
     """
 
     kind: str
@@ -80,6 +80,7 @@ class BlockPlan:
     attention: str
     lift: Lift
     error: float
+    in_place: bool = False
 
     @property
     def can_skip_block(self) -> bool:

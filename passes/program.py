@@ -59,7 +59,10 @@ class _Writer:
         self.kept = self._call("kept", primitives.select_tokens, scores, k)
         self._joint: dict[TokenAxis, fx.Node] = {}
         taken = [self._take(index, leaf) for index, leaf in enumerate(plan.leaves)]
-        results = self._call_block(block, taken)
+        given = list(taken)
+        if plan.in_place:
+            given[plan.stream] = self.graph.call_method("clone", (taken[plan.stream],))
+        results = self._call_block(block, given)
         outputs = []
         for index, output in enumerate(plan.outputs):
             result = self._call(f"out_{index}", operator.getitem, results, index)

@@ -39,6 +39,8 @@ Origins = dict[Path, float | None]
 class SinusoidTracker(TorchDispatchMode):
     """Follows the inputs of a run; ``reached``: those that met a sine or cosine, with their constant."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.reached: Origins = {}
@@ -85,7 +87,8 @@ def _rescale(func: Any, args: Any, scale: float | None) -> float | None:
     if func in _PRODUCTS:
         factors = [float(argument) for argument in args if isinstance(argument, int | float)]
         return scale * factors[0] ** _PRODUCTS[func] if factors else scale
-    return scale if func.overloadpacket.__name__ in _MOVES else None
+    packet = getattr(func, "overloadpacket", func)
+    return scale if getattr(packet, "__name__", "") in _MOVES else None
 
 
 def find_timestep(analysis: ModelAnalysis) -> ModelAnalysis:

@@ -69,7 +69,8 @@ def _prove(block: BlockAnalysis) -> BlockAnalysis:
     for form in forms:
         plan = block.draft_plan(form)
         try:
-            return replace(block, plan=replace(plan, error=trial.check_program(plan)))
+            error = trial.check_program(plan)
+            return replace(block, plan=replace(plan, error=error, in_place=trial.writes_into_tokens()))
         except Exception as error:  # a form that does not fit raises whatever the block's code does
             failures.append(f"{form}: {_first_line(error)}")
             log.debug("%s: %s", block.fqn, failures[-1])
@@ -175,6 +176,13 @@ class _Trial:
             raise Refused(f"differs by {worst:.1e} from each sample run alone")
         return worst
 
+    def writes_into_tokens(self) -> bool:
+        """Whether the block changes its token input in place."""
+        stream = self.values[self.block.stream]
+        kept = stream.clone()
+        self._run([kept if value is stream else value for value in self.values], copy_inputs=False)
+        return not torch.equal(kept, stream)
+
     def _check_skipped(
         self, plan: BlockPlan, source: int | None, result: Tensor, kept: Tensor, sample: int, axis: int
     ) -> None:
@@ -190,9 +198,9 @@ class _Trial:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     @torch.no_grad()
-    def _run(self, values: list[Any]) -> list[Tensor]:
-        indices = iter(values)
-        bound = map_leaves(lambda _, leaf: None if leaf is None else _clone(next(indices)), self.block.call.arguments)
+    def _run(self, values: list[Any], *, copy_inputs: bool = True) -> list[Tensor]:
+        remaining = iter([_clone(value) for value in values] if copy_inputs else values)
+        bound = map_leaves(lambda _, leaf: None if leaf is None else next(remaining), self.block.call.arguments)
         plan_names = self.block.draft_plan("direct").positional
         args, kwargs = unbind_arguments(plan_names, bound)
         try:

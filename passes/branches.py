@@ -1,0 +1,60 @@
+"""Branches: modules whose *caller* adds their output to what they were given, as in ``x = x + gate * attn(norm(x))``.
+
+Their skip value is zero: a skipped token takes nothing from the branch and stays as it is. The proof is in the caller's
+graph: every way out of the branch leads, through moves, casts and gates alone, into a sum whose other side the branch's own
+input was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from .analysis import Refused
+from .residual import is_move, operator_name
+
+_GATES = {"mul", "mul_", "div", "dropout"}
+"""Operators that a zero passes through."""
+
+
+def prove_added(graph: fx.Graph, branch: str) -> None:
+    """Refuses unless the caller whose exported ``graph`` this is adds the output of its submodule ``branch``."""
+    inside = {node for node in graph.nodes if _lies_in(node, branch)}
+    if not inside:
+        raise Refused("no output is an input plus something, and it does not show in its caller's graph")
+    given = {operand for node in inside for operand in node.all_input_nodes if operand not in inside}
+    carried = _ancestors(given)
+    for node in inside:
+        for user in node.users:
+            if user not in inside and not _ends_in_sum(node, user, carried):
+                raise Refused("no output is an input plus something, and its caller does not just add it to the tokens")
+
+
+def _ends_in_sum(value: fx.Node, user: fx.Node, carried: set[fx.Node]) -> bool:
+    """Whether ``value`` goes from ``user`` on into sums with what the branch was given, whatever way it takes."""
+    name = operator_name(user.target) if user.op == "call_function" else ""
+    if name in ("add", "add_", "iadd"):
+        others = [operand for operand in user.args[:2] if operand is not value]
+        return len(others) == 1 and others[0] in carried
+    if name == "addcmul":
+        return user.args[0] in carried and user.args[0] is not value
+    if name in _GATES or is_move(name):
+        return bool(user.users) and all(_ends_in_sum(user, following, carried) for following in user.users)
+    return False
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _lies_in(node: fx.Node, branch: str) -> bool:
+    """Whether a node was traced in the submodule ``branch`` of the exported caller, or below it."""
+    names = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return any(name == f"block.{branch}" or name.startswith(f"block.{branch}.") for name in names)
