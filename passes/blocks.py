@@ -100,7 +100,7 @@ class _Search:
         )
 
     def _try(self, module: nn.Module, fqn: str, *, as_branch: bool = False) -> bool:
-        """Whether the module's family can be routed; the site or the refusal is noted."""
+        """Whether the module's family can be routed; the site, or the refusal as a block, is noted."""
         if not self.analysis.filter_fn(module, fqn):
             self._refuse(module, fqn, "left out by filter_fn")
             return False
@@ -111,7 +111,8 @@ class _Search:
                 self._verdicts[key] = self._analyse(module, fqn, call, caller)
             verdict = self._verdicts[key]
             if isinstance(verdict, str):
-                self._refuse(module, fqn, verdict)
+                if not as_branch:
+                    self._refuse(module, fqn, verdict)
                 return False
         self.sites.append(Site(fqn, int(verdict)))
         return True
@@ -147,12 +148,16 @@ class _Search:
         module, call = self._modules[caller], self.analysis.calls[caller][0]
         key = _family_key(module, call)
         if key not in self._graphs:
-            self._graphs[key] = export_block(BlockAnalysis(module, caller, call, self.analysis.config)).graph
-        return self._graphs[key]
+            try:
+                self._graphs[key] = export_block(BlockAnalysis(module, caller, call, self.analysis.config)).graph
+            except Refused as refused:
+                self._graphs[key] = refused
+        graph = self._graphs[key]
+        if isinstance(graph, Refused):
+            raise graph
+        return graph
 
     def _refuse(self, module: nn.Module, fqn: str, reason: str) -> None:
-        """Note the reason found last for ``fqn``."""
-        self._forget(fqn)
         self._refused.setdefault((type(module).__name__, reason), []).append(fqn)
 
     def _forget(self, fqn: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,12 +70,13 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
 
 @contextlib.contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Without the warnings that a size of one is fixed: it is."""
+    """Without the warnings that a size of one is fixed (it is), and without the graph that a failed export prints."""
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         log.setLevel(level)
 
