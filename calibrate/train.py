@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..arguments import map_leaves
 from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
-from ..errors import CalibrationError
+from ..errors import BudgetError, CalibrationError
 from ..learning import check_budget, learnables, learning
 from ..routed import ModelRouting, router_weight, settle
 from ..table import read_table, write_table
@@ -45,7 +45,7 @@ def calibrate(
         weights are trained those outputs are computed before the first step and kept on the CPU.
 
     Stages: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to bins under the
-    exact budget; settling at the fixed table. Training flags and requires_grad are put back. A lowered model learns eagerly
+    exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and requires_grad are put back. A lowered model learns eagerly
     and stays lowered.
 
     Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, or a loss that is not finite: table and
@@ -102,8 +102,10 @@ class _Calibration:
             )
         optimizer = self._optimizer()
         num_settling = round(config.steps * config.settle)
-        self._learn(optimizer, config.steps - num_settling)
-        write_table(state, snap_table(learnables(self.model, state).ratios, costs, self.budget, config.tolerance))
+        if num_settling < config.steps:
+            self._learn(optimizer, config.steps - num_settling)
+            write_table(state, snap_table(learnables(self.model, state).ratios, costs, self.budget, config.tolerance))
+        self._check_table()
         self._settle(optimizer, num_settling)
         state.trained = True
         rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
@@ -117,6 +119,14 @@ class _Calibration:
             region_flops=tuple(costs.row_flops(row) for row in rows),
             seconds=time.perf_counter() - start,
         )
+
+    def _check_table(self) -> None:
+        share = self.costs.share(list(zip(*(block.ratios for block in self.state.blocks), strict=True)))
+        if share > self.budget:
+            raise BudgetError(
+                f"the table costs {share:.4f} of the dense FLOPs, above the budget of {self.budget:g}; with settle=1 ratios are not "
+                "learned. Call set_ratios with a table within the budget, or lower settle."
+            )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -132,6 +142,8 @@ class _Calibration:
         else:
             for weight in weights:
                 weight.requires_grad_(False)
+        for group in groups:
+            group["peak_lr"] = group["lr"]
         return torch.optim.AdamW(groups)
 
     def _learn(self, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
@@ -174,6 +186,9 @@ class _Calibration:
 
     def _move(self, optimizer: torch.optim.Optimizer, value: Tensor) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        remaining = 1 - len(self.history) / self.config.steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * remaining
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(value)) or not bool(torch.isfinite(norm)):
             raise CalibrationError(

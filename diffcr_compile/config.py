@@ -98,12 +98,13 @@ class CalibrationConfig(_Options):
 
     trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper); ``"routers"``: weights frozen.
     steps: optimiser steps, >= 1.
-    learning_rate: of the model's weights (the paper: 1e-4, AdamW).
-    router_learning_rate: of the routers (AdamW).
+    learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
+    router_learning_rate: of the routers, likewise.
     ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
     weight_decay: of the model's weights (the paper: 3e-2).
     ramp: share of the steps over which the scheduled budget moves from the table's present share to the target, in [0, 1].
-    settle: share of the steps, at the end, in which the snapped table is fixed and the rest goes on learning, in [0, 1].
+    settle: share of the steps, at the end, in which the snapped table is fixed and the rest goes on learning, in [0, 1]; at 1 the
+        table stays as ``set_ratios`` left it (a uniform one: Mixture of Depths).
     max_grad_norm: gradients of weights and routers are clipped to this norm.
     warm_start: fit each router by ridge regression on what its block does to each token before learning.
     tolerance: the table's FLOPs end within this share of the budget, and never above it.
