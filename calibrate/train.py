@@ -45,8 +45,8 @@ def calibrate(
         weights are trained those outputs are computed before the first step and kept on the CPU.
 
     Stages: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to bins under the
-    exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and requires_grad are put back. A lowered model learns eagerly
-    and stays lowered.
+    exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and requires_grad are put
+    back. A lowered model learns eagerly and stays lowered.
 
     Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, or a loss that is not finite: table and
     routers are then as before), NotTransformedError, ValueError.
@@ -124,8 +124,8 @@ class _Calibration:
         share = self.costs.share(list(zip(*(block.ratios for block in self.state.blocks), strict=True)))
         if share > self.budget:
             raise BudgetError(
-                f"the table costs {share:.4f} of the dense FLOPs, above the budget of {self.budget:g}; with settle=1 ratios are not "
-                "learned. Call set_ratios with a table within the budget, or lower settle."
+                f"the table costs {share:.4f} of the dense FLOPs, above the budget of {self.budget:g}, and with settle=1 ratios are "
+                "not learned. Call set_ratios with a table within the budget, or lower settle."
             )
 
     def _optimizer(self) -> torch.optim.Optimizer:
