@@ -124,8 +124,8 @@ class _Calibration:
         share = self.costs.share(list(zip(*(block.ratios for block in self.state.blocks), strict=True)))
         if share > self.budget:
             raise BudgetError(
-                f"the table costs {share:.4f} of the dense FLOPs, above the budget of {self.budget:g}, and with settle=1 ratios are "
-                "not learned. Call set_ratios with a table within the budget, or lower settle."
+                f"the table costs {share:.4f} of the dense FLOPs, above the budget of {self.budget:g}, and with settle=1 ratios "
+                "are not learned. Call set_ratios with a table within the budget, or lower settle."
             )
 
     def _optimizer(self) -> torch.optim.Optimizer:

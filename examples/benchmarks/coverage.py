@@ -101,7 +101,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def fullgraph_verdict(entry: Entry, routed: nn.Module, inputs: dict[str, Any]) -> str:
-    """"yes", "dense neither" where the dense model has a graph break of its own, or "broken"."""
+    """ "yes", "dense neither" where the dense model has a graph break of its own, or "broken"."""
     torch.manual_seed(0)
     for model, verdict in ((entry.build(), "dense neither"), (routed, "broken")):
         torch._dynamo.reset()
@@ -157,7 +157,9 @@ def block_errors(
     values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
     results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     for sample in range(kept.shape[0]):
-        alone = iter([_alone(leaf, value, sample, kept[sample], values) for leaf, value in zip(plan.leaves, values, strict=True)])
+        alone = iter(
+            [_alone(leaf, value, sample, kept[sample], values) for leaf, value in zip(plan.leaves, values, strict=True)]
+        )
         call = map_leaves(lambda _, leaf, alone=alone: None if leaf is None else next(alone), bound)
         sample_args, sample_kwargs = unbind_arguments(plan.positional, call)
         expected = pytree.tree_leaves(type(module).forward(module, *sample_args, **sample_kwargs))
@@ -208,7 +210,12 @@ def as_markdown(rows: list[Row]) -> str:
     ]
     for row in rows:
         if row.blocks:
-            cells = [", ".join(row.families), ", ".join(dict.fromkeys(row.lifts)), f"{row.routable:.0%}", f"{row.share:.0%}"]
+            cells = [
+                ", ".join(row.families),
+                ", ".join(dict.fromkeys(row.lifts)),
+                f"{row.routable:.0%}",
+                f"{row.share:.0%}",
+            ]
             cells += [f"{row.worst:.0e}", row.fullgraph, f"{row.seconds:.1f}"]
         else:
             cells = [f"refused: {row.dense_reason[:300]}", *[""] * 6]
@@ -231,7 +238,8 @@ def main() -> None:
         except Exception as error:
             row = Row(name, failures=[f"{type(error).__name__}: {str(error)[:300]}"])
         rows.append(row)
-        print(row.name, row.families or f"REFUSED {row.dense_reason[:600]}", row.lifts, f"{row.seconds:.1f}s", row.fullgraph, flush=True)
+        found = row.families or f"REFUSED {row.dense_reason[:600]}"
+        print(row.name, found, row.lifts, f"{row.seconds:.1f}s", row.fullgraph, flush=True)
         for failure in row.failures:
             print("   FAILED", failure, flush=True)
     print(as_markdown(rows).splitlines()[2])
