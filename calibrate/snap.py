@@ -55,7 +55,9 @@ def _least_penalty(penalties: np.ndarray, saved: np.ndarray, *, at_least: float)
 
     Savings beyond it count as it: the state is capped there. penalties, saved: (items, choices).
     """
-    unit = max(at_least, 1e-12) / _UNITS
+    if at_least <= 0:
+        return penalties.argmin(axis=1)
+    unit = at_least / _UNITS
     units = np.minimum(np.floor(saved / unit * (1 + 1e-12)), _UNITS).astype(np.int64)
     best = np.full(_UNITS + 1, np.inf)
     best[0] = 0.0

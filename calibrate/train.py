@@ -192,8 +192,8 @@ class _Calibration:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(value)) or not bool(torch.isfinite(norm)):
             raise CalibrationError(
-                f"the loss is {float(value):g} and its gradient norm {float(norm):g} at step {len(self.history)}. Expected "
-                "finite values: lower the learning rates, or look at the batches. Table and routers are as before the call."
+                f"the loss is {float(value.detach()):g} and its gradient norm {float(norm):g} at step {len(self.history)}. "
+                "Expected finite values: lower the learning rates, or look at the batches. Table and routers are as before the call."
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -214,13 +214,15 @@ def _to_device(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 def _as_before(model: nn.Module, state: ModelRouting) -> Iterator[None]:
     """Put back training flags, requires_grad, gradients and lowering; after an error also table and routers."""
     training = {module: module.training for module in model.modules()}
-    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    needed = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     routers = [router_weight(model.get_submodule(block.fqn)) for block in state.blocks]
     before = [router.detach().clone() for router in routers]
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
     lowered = state.lowered
     if lowered is not None:
         lowered.remove(model)
+    for parameter in needed:
+        parameter.grad = None
     try:
         with torch.enable_grad():
             yield
@@ -233,8 +235,8 @@ def _as_before(model: nn.Module, state: ModelRouting) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-        for parameter, flag in needed.items():
+        for parameter, (flag, gradient) in needed.items():
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient
         if lowered is not None:
             lowered.install(model)

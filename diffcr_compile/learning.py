@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .cost import cost_model
 from .routed import ModelRouting, router_weight, settle
-from .table import read_table, sync_with_masters
+from .table import read_table
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def budget_loss(model: nn.Module, budget: float) -> Tensor:
     """
     check_budget(budget)
     state = settle(model)
-    sync_with_masters(state)
     return (cost_model(model).expected_share(learnables(model, state).ratios) - budget).square()
 
 

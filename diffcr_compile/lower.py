@@ -88,7 +88,7 @@ class Lowered:
         """Inverse of :meth:`install`; the graphs are kept for another time."""
         state: ModelRouting = model.__dict__[STATE]
         if self.scope == "full":
-            model._compiled_call_impl = None
+            vars(model).pop("_compiled_call_impl", None)
         for block in state.blocks:
             block.compiled = None
 
@@ -103,12 +103,13 @@ class Lowered:
         state: ModelRouting = model.__dict__[STATE]
         if state.learning or state.dense or state.observers:
             return model._call_impl(*args, **kwargs)
+        state.sync_with_masters()
         bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
         regions = resolve_regions(model, state, bound)
         if len(set(regions)) > 1:
             return model._call_impl(*args, **kwargs)
         row = tuple(block.ratios[regions[0]] for block in state.blocks)
-        with pin_region(state, regions[0]):
+        with pin_region(state, regions[0], row):
             output = self._graph(row, _model_body)(model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 

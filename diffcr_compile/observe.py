@@ -23,8 +23,7 @@ def record(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
     batches: list[dict[str, Any]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = routing_of(module)
-        if module is model and (state is None or state.current.split is None):
+        if module is model:
             batches.append(map_leaves(_to_cpu, bind_arguments(positional_names(type(model).forward), args, kwargs)))
 
     with _eagerly(model):

@@ -146,6 +146,9 @@ class ModelPlan:
     dense_flops: int
     family_flops: tuple[int, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelPlan:
+        return self
+
 
 def plan_from_dict(data: dict[str, Any]) -> ModelPlan:
     """Inverse of ``dataclasses.asdict``. Raises KeyError, TypeError or ValueError for what no plan looks like."""

@@ -18,16 +18,15 @@ from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_na
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
 from .routed import ModelRouting, routing_of
-from .table import sync_with_masters
 
 _SLACK = 1e-3
 """Share of the timestep range by which rounding may carry a value past its ends."""
 
 
 def add_region_hooks(model: nn.Module) -> None:
-    """Resolve the region before every forward of the root, and finish a split batch after it."""
+    """Resolve the region before every forward of the root, and finish a split batch after it, before other hooks see it."""
     model.register_forward_pre_hook(_enter, with_kwargs=True)
-    model.register_forward_hook(_leave, with_kwargs=True)
+    model.register_forward_hook(_leave, with_kwargs=True, prepend=True)
 
 
 def remove_region_hooks(model: nn.Module) -> None:
@@ -72,15 +71,16 @@ def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]
 
 
 @contextlib.contextmanager
-def pin_region(state: ModelRouting, region: int) -> Iterator[None]:
-    """Inside, this thread's forwards lie in ``region``, whatever their timestep."""
+def pin_region(state: ModelRouting, region: int, row: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Inside, this thread's forwards lie in ``region``, whatever their timestep; ``row``: its ratios, in thousandths."""
     current = state.current
-    current.region, current.pinned = region, True
+    before = current.region, current.pinned, current.row
+    current.region, current.pinned, current.row = region, True, row
     state.last_region = region
     try:
         yield
     finally:
-        current.pinned = False
+        current.region, current.pinned, current.row = before
 
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -90,16 +90,20 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if state.deferred is not None:
         _settle_now(model, state, args, kwargs)
     if not torch.compiler.is_compiling():
-        sync_with_masters(state)
+        state.sync_with_masters()
     if state.current.pinned or not (state.learning or state.varies_by_region):
         return None
     regions = resolve_regions(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
+    state.current.split = None
     state.current.region = state.last_region = regions[0]
     if len(set(regions)) == 1:
         return None
-    groups = [torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)]
+    groups = {
+        region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
+    }
+    first = _pick_samples(model, state, groups[regions[0]], args, kwargs)
     state.current.split = (groups, args, kwargs)
-    return _pick_samples(model, state, groups[0], args, kwargs)
+    return first
 
 
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -108,10 +112,11 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         return output
     (groups, args, kwargs), state.current.split = state.current.split, None
     outputs = [output]
-    for group in groups[1:]:
-        group_args, group_kwargs = _pick_samples(model, state, group, args, kwargs)
-        outputs.append(model(*group_args, **group_kwargs))
-    place = torch.argsort(torch.cat(groups))
+    for region, samples in list(groups.items())[1:]:
+        group_args, group_kwargs = _pick_samples(model, state, samples, args, kwargs)
+        with pin_region(state, region):
+            outputs.append(model.forward(*group_args, **group_kwargs))
+    place = torch.argsort(torch.cat(list(groups.values())))
     axes = iter(state.plan.output_batch_axes)
 
     def join(*parts: Any) -> Any:

@@ -7,12 +7,13 @@ FX program that the passes wrote. Without its routing state the bound forward is
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ from .arguments import Signature, bind_arguments, iterate_leaves, map_leaves, si
 from .config import DiffCRConfig
 from .errors import CaptureError, NotTransformedError, UnsupportedError
 from .plan import BlockPlan, ModelPlan
-from .ratios import BIN, SCALE, capacity, neighbour_bins
+from .ratios import BIN, SCALE, capacity, nearest_bin, neighbour_bins
 from .router import Router
 
 STATE = "_diffcr"
@@ -33,11 +34,13 @@ ROUTER = "diffcr_router"
 
 
 class Current(threading.local):
-    """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up;
-    ``split``: what is left to run of a batch that lies in several regions."""
+    """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
+    ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
+    several regions."""
 
     region: int | None = None
     pinned: bool = False
+    row: tuple[int, ...] | None = None
     split: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
@@ -91,8 +94,25 @@ class Program:
         return values
 
 
+class _Whole:
+    """State that is copied with its model, and not pickled: a pickle would hold programs of this version of the package."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        duplicate = object.__new__(type(self))
+        memo[id(self)] = duplicate
+        for name, value in vars(self).items():
+            setattr(duplicate, name, copy.deepcopy(value, memo))
+        return duplicate
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a routed model can't be pickled whole. Save its weights by state_dict and its routing by diffcr_compile.save, or "
+            "restore it first."
+        )
+
+
 @dataclass(eq=False)
-class ModelRouting:
+class ModelRouting(_Whole):
     """State at the root of a routed model.
 
     plan: None while the search for blocks is ``deferred``. blocks: in order of first execution, the columns of the ratio
@@ -129,6 +149,17 @@ class ModelRouting:
         """Whether some block's ratio depends on the timestep."""
         return any(ratio != block.ratios[0] for block in self.blocks for ratio in block.ratios)
 
+    def sync_with_masters(self) -> None:
+        """Where an optimiser has moved the masters, put every block at its nearest bin (DiffCR, section 3)."""
+        masters = self.masters
+        if masters is None or masters._version == self.synced:
+            return
+        with torch.no_grad():
+            masters.clamp_(0, 1)
+        for block, column in zip(self.blocks, masters.detach().T.tolist(), strict=True):
+            block.ratios = tuple(nearest_bin(value) for value in column)
+        self.synced = masters._version
+
     def region(self) -> int:
         """The region of the forward under way; of the last one where a thread has none (recomputation in backward)."""
         region = self.current.region
@@ -136,7 +167,7 @@ class ModelRouting:
 
 
 @dataclass(eq=False)
-class BlockRouting:
+class BlockRouting(_Whole):
     """State of one routed block: its column of the table in thousandths, and its programs by call signature."""
 
     fqn: str
@@ -149,7 +180,10 @@ class BlockRouting:
     compiled: Callable[..., Any] | None = None
 
     def ratio(self) -> int:
-        """The ratio in force, in thousandths; reads no region where all are equal."""
+        """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
+        row = self.model.current.row
+        if row is not None:
+            return row[self.index]
         ratios = self.ratios
         return ratios[0] if all(ratio == ratios[0] for ratio in ratios) else ratios[self.model.region()]
 
@@ -194,6 +228,7 @@ def settle(model: nn.Module, inputs: dict[str, Any] | None = None) -> ModelRouti
                 "example_inputs and the model has not run since. Run it once, or pass example_inputs to transform."
             )
         state.deferred(model, state, inputs)
+    state.sync_with_masters()
     return state
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ratios import SCALE, nearest_bin
+from .ratios import SCALE
 from .routed import ModelRouting, settle
 
 
@@ -60,15 +60,3 @@ def write_table(state: ModelRouting, rows: list[list[int]]) -> None:
         with torch.no_grad():
             state.masters.copy_(read_table(state))
         state.synced = state.masters._version
-
-
-def sync_with_masters(state: ModelRouting) -> None:
-    """Where an optimiser has moved the masters, put every block at its nearest bin (DiffCR, section 3)."""
-    masters = state.masters
-    if masters is None or masters._version == state.synced:
-        return
-    with torch.no_grad():
-        masters.clamp_(0, 1)
-    for block, column in zip(state.blocks, masters.detach().T.tolist(), strict=True):
-        block.ratios = tuple(nearest_bin(value) for value in column)
-    state.synced = masters._version

@@ -102,7 +102,8 @@ class _Search:
     def _try(self, module: nn.Module, fqn: str, *, as_branch: bool = False) -> bool:
         """Whether the module's family can be routed; the site, or the refusal as a block, is noted."""
         if not self.analysis.filter_fn(module, fqn):
-            self._refuse(module, fqn, "left out by filter_fn")
+            if not as_branch:
+                self._refuse(module, fqn, "left out by filter_fn")
             return False
         caller = self._caller(fqn) if as_branch else None
         for call in self.analysis.calls[fqn]:

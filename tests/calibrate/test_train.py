@@ -1,0 +1,165 @@
+"""``calibrate``: budget, stages, and what it puts back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, routed, same_bits, tiny_inputs
+from torch import Tensor
+
+import diffcr_compile
+from diffcr_compile import CalibrationConfig
+
+SHAPE = Shape("plain", depth=3, heads=2, head_dim=6)
+STEPS = torch.tensor([20.0, 400.0, 950.0])
+BATCHES = [tiny_inputs(SHAPE, num_tokens=20, seed=seed, timestep=STEPS.roll(seed)) for seed in range(4)]
+QUICK = CalibrationConfig(steps=8, trainable="routers")
+
+
+@pytest.fixture
+def model() -> TinyDiT:
+    return routed(SHAPE)
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.6, 0.35])
+def test_the_budget_is_met_and_never_exceeded(model: TinyDiT, budget: float) -> None:
+    report = diffcr_compile.calibrate(model, BATCHES, budget=budget, config=QUICK)
+    share = diffcr_compile.cost(model, BATCHES[0]).share
+    assert 0.99 * budget <= share <= budget
+    assert report.share == pytest.approx(share, rel=1e-12)
+    assert (report.budget, report.blocks) == (budget, ("blocks.0", "blocks.1", "blocks.2"))
+    assert torch.equal(report.table, diffcr_compile.ratios(model))
+
+
+def test_the_history_tells_every_step(model: TinyDiT) -> None:
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=CalibrationConfig(steps=20))
+    assert [entry["step"] for entry in report.history] == list(range(20))
+    assert [entry["phase"] for entry in report.history] == ["learn"] * 15 + ["settle"] * 5
+    shares = [entry["share"] for entry in report.history]
+    assert shares[:12] == sorted(shares[:12], reverse=True)
+    assert shares[11] == pytest.approx(0.7)
+    assert all(entry["loss"] >= 0 for entry in report.history)
+    assert f"{len(report.history)} steps" in str(report)
+
+
+def test_routers_alone_leave_the_weights(model: TinyDiT) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    routers = [block.diffcr_router.weight.clone() for block in model.blocks]
+    diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=QUICK)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        not torch.equal(block.diffcr_router.weight, router) for block, router in zip(model.blocks, routers, strict=True)
+    )
+
+
+def test_weights_are_trained_jointly_by_default(model: TinyDiT) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.embed.weight.requires_grad_(False)
+    diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=CalibrationConfig(steps=8))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "blocks.0.stream.qkv.weight" in changed
+    assert "embed.weight" not in changed, "what the user froze stays frozen"
+
+
+@pytest.mark.parametrize("trainable", ["all", "routers"])
+def test_flags_and_modes_are_put_back(model: TinyDiT, trainable: str) -> None:
+    model.train()
+    model.blocks[1].eval()
+    model.embed.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    config = CalibrationConfig(steps=3, trainable=trainable)  # type: ignore[arg-type]
+    with torch.no_grad():
+        diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=config)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_gradients_of_the_users_are_kept(model: TinyDiT) -> None:
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=QUICK)
+    assert model.head.weight.grad is not None
+    assert bool((model.head.weight.grad == 1).all())
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    tables = []
+    for seed in (0, 0):
+        model = routed(SHAPE)
+        torch.manual_seed(len(tables))  # the global generator plays no part
+        report = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=CalibrationConfig(steps=8, seed=seed))
+        tables.append((report.table, [block.diffcr_router.weight.detach() for block in model.blocks]))
+    assert same_bits(tables[0], tables[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the routers are untrained")
+def test_learning_beats_the_same_budget_spread_evenly() -> None:
+    """Routers and ratios together, weights frozen, against random routers at one ratio of the same FLOPs."""
+    model, plain = routed(SHAPE), original(SHAPE)
+    report = diffcr_compile.calibrate(
+        model, BATCHES, budget=0.6, config=CalibrationConfig(steps=60, trainable="routers")
+    )
+
+    def distance(one: TinyDiT) -> float:
+        with torch.no_grad():
+            return float(sum((one(**batch) - plain(**batch)).square().mean() for batch in BATCHES))
+
+    uniform = routed(SHAPE)
+    low, high = 0.0, 1.0  # the ratio of the report's FLOPs lies between them; low costs more
+    for _ in range(10):
+        middle = (low + high) / 2
+        diffcr_compile.set_ratios(uniform, middle)
+        enough = diffcr_compile.cost(uniform, BATCHES[0]).share <= report.share
+        low, high = (low, middle) if enough else (middle, high)
+    diffcr_compile.set_ratios(uniform, low)
+    assert distance(model) < distance(uniform)
+
+
+def test_a_loss_of_ones_own(model: TinyDiT) -> None:
+    seen: list[int] = []
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        assert one is model
+        seen.append(len(batch["x"]))
+        return one(**batch).square().mean()
+
+    diffcr_compile.calibrate(model, BATCHES, budget=0.7, loss=loss, config=QUICK)
+    assert seen == [3] * QUICK.steps
+
+
+def test_batches_may_come_from_a_generator(model: TinyDiT) -> None:
+    report = diffcr_compile.calibrate(model, (batch for batch in BATCHES), budget=0.7, config=QUICK)
+    assert len(report.history) == QUICK.steps
+
+
+def test_an_interrupt_leaves_table_and_routers(model: TinyDiT) -> None:
+    routers = [block.diffcr_router.weight.clone() for block in model.blocks]
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.7, loss=loss, config=QUICK)
+    assert not diffcr_compile.ratios(model).any()
+    assert all(
+        torch.equal(block.diffcr_router.weight, router) for block, router in zip(model.blocks, routers, strict=True)
+    )
+    assert same_bits(model(**BATCHES[0]), original(SHAPE)(**BATCHES[0]))
+
+
+def test_a_second_budget_starts_from_the_first(model: TinyDiT) -> None:
+    first = diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=QUICK)
+    second = diffcr_compile.calibrate(model, BATCHES, budget=0.5, config=QUICK)
+    assert second.history[0]["share"] == pytest.approx(first.share, abs=0.1)
+    assert 0.495 <= second.share <= 0.5
+
+
+def test_bfloat16_models_learn_with_float32_masters(model: TinyDiT) -> None:
+    model = model.to(torch.bfloat16)
+    batches = [{**batch, "x": batch["x"].bfloat16()} for batch in BATCHES]
+    report = diffcr_compile.calibrate(model, batches, budget=0.6, config=QUICK)
+    assert 0.594 <= report.share <= 0.6
+    assert bool(torch.isfinite(model(**batches[0])).all())

@@ -1,0 +1,83 @@
+"""What every test needs before it is imported: the package, one thread, torchvision's operators, hypothesis profiles, golden
+files."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+logging.getLogger("torch.__trace").disabled = True  # thousands of records for a test that fails
+
+_TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def _import_package() -> None:
+    """Import the package before this folder, on sys.path for ``models``, can hide it: its folder ``diffcr_compile`` would come
+    as a namespace package before the finder of an editable install is asked."""
+    path = list(sys.path)
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != Path(__file__).parent]
+    importlib.import_module("diffcr_compile")
+    sys.path[:] = path
+
+
+def _define_torchvision_operators() -> torch.library.Library:
+    """torchvision registers fake kernels for operators of its C extension, and can't be imported where that can't be loaded
+    (a CUDA build beside a CPU torch). The schemas are all that it asks for; the library must be kept alive."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _TORCHVISION_SCHEMAS:
+        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
+            library.define(schema)
+    return library
+
+
+def _load_torchvision_extension() -> None:
+    """Let torchvision's own C extension define its operators first, where it can be loaded."""
+    package = importlib.util.find_spec("torchvision")
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    for library in (path for folder in folders for path in Path(folder).glob("_C*.so")):
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:
+            continue
+
+
+_import_package()
+_load_torchvision_extension()
+_torchvision = _define_torchvision_operators()
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
+settings.register_profile("nightly", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(name, text)`` compares ``text`` with the file ``golden/name.txt`` beside the test, or writes it anew."""
+    folder = request.path.parent / "golden"
+    renew = request.config.getoption("--renew-golden")
+
+    def check(name: str, text: str) -> None:
+        file = folder / f"{name}.txt"
+        if renew:
+            folder.mkdir(exist_ok=True)
+            file.write_text(text)
+        assert text == file.read_text(), f"{file} differs; look at the change, then run pytest --renew-golden"
+
+    return check

@@ -1,0 +1,164 @@
+"""``save`` and ``load``: the same outputs in a fresh process; damage is refused and the model left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+
+import diffcr_compile
+from diffcr_compile import ArtefactError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("joint", depth=2, heads=1, head_dim=6)
+INPUTS = tiny_inputs(SHAPE, timestep=torch.tensor([20.0, 500.0, 990.0]))
+
+
+@pytest.fixture
+def model() -> TinyDiT:
+    model = routed(SHAPE)
+    with torch.no_grad():
+        for index, block in enumerate(model.blocks):
+            block.diffcr_router.weight.copy_(torch.randn(6, generator=torch.Generator().manual_seed(index)))
+    diffcr_compile.set_ratios(model, [[0.1, 0.2], [0.333, 0.4], [0.5, 0.6], [0.7, 1.0]])
+    return model
+
+
+@pytest.fixture
+def saved(model: TinyDiT, tmp_path: Path) -> Path:
+    diffcr_compile.save(model, tmp_path / "routing")
+    return tmp_path / "routing"
+
+
+def test_a_loaded_model_is_the_saved_one(model: TinyDiT, saved: Path) -> None:
+    other = original(SHAPE)
+    assert diffcr_compile.load(other, saved) is other
+    assert same_bits(other(**INPUTS), model(**INPUTS))
+    assert torch.equal(diffcr_compile.ratios(other), diffcr_compile.ratios(model))
+    assert str(diffcr_compile.explain(other)) == str(diffcr_compile.explain(model))
+    assert diffcr_compile.cost(other, INPUTS) == diffcr_compile.cost(model, INPUTS)
+    diffcr_compile.restore(other)
+    assert same_snapshot(snapshot(other), snapshot(original(SHAPE)))
+
+
+@pytest.mark.slow
+def test_a_fresh_process_gives_the_same_outputs(model: TinyDiT, saved: Path, tmp_path: Path) -> None:
+    torch.save((original(SHAPE).state_dict(), INPUTS), tmp_path / "given.pt")
+    code = f"""
+import sys, torch
+import diffcr_compile
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from models import Shape, TinyDiT
+torch.set_num_threads(1)
+weights, inputs = torch.load("given.pt")
+model = TinyDiT({SHAPE!r}).eval()
+model.load_state_dict(weights, strict=True)
+torch.save(diffcr_compile.load(model, "routing")(**inputs).detach(), "output.pt")
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert same_bits(torch.load(tmp_path / "output.pt"), model(**INPUTS).detach())
+
+
+def test_nothing_is_pickled_and_no_weights_are_stored(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["routers.safetensors", "routing.json"]
+    record = json.loads((saved / "routing.json").read_text())
+    assert (record["type"], record["version"]) == ("diffcr_compile.routing", 1)
+    assert (saved / "routers.safetensors").stat().st_size < 1000
+
+
+def test_saving_again_replaces(model: TinyDiT, saved: Path) -> None:
+    diffcr_compile.set_ratios(model, 0.9)
+    diffcr_compile.save(model, saved)
+    other = diffcr_compile.load(original(SHAPE), saved)
+    assert torch.equal(diffcr_compile.ratios(other), torch.full((4, 2), 0.9))
+    assert [path.name for path in saved.parent.iterdir()] == ["routing"]
+
+
+def test_save_touches_nothing_of_anothers(model: TinyDiT, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("words")
+    for name in ("mine", "file"):
+        with pytest.raises(ArtefactError, match="exists and is no saved routing"):
+            diffcr_compile.save(model, tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "words"
+
+
+def test_calibration_is_remembered(model: TinyDiT, tmp_path: Path) -> None:
+    config = diffcr_compile.CalibrationConfig(steps=2, trainable="routers")
+    diffcr_compile.calibrate(model, [INPUTS], budget=0.8, config=config)
+    diffcr_compile.save(model, tmp_path / "routing")
+    other = diffcr_compile.load(original(SHAPE), tmp_path / "routing")
+    assert diffcr_compile.explain(other).trained
+    assert same_bits(other(**INPUTS), model(**INPUTS))
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    def damage(path: Path) -> None:
+        record = json.loads((path / "routing.json").read_text())
+        change(record)
+        (path / "routing.json").write_text(json.dumps(record))
+
+    return damage
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-20]) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: (path / "routing.json").unlink(), "holds no saved routing; expected the files routing.json and"),
+        (lambda path: (path / "routers.safetensors").unlink(), "holds no saved routing"),
+        (truncate("routing.json"), "routing.json is damaged"),
+        (truncate("routers.safetensors"), "truncated or changed"),
+        (lambda path: (path / "routing.json").write_text("[" * 100_000), "routing.json is damaged"),
+        (lambda path: (path / "routing.json").write_bytes(b"\xff\xfe\x00"), "routing.json is damaged"),
+        (edit(lambda record: record.update(type="cat")), "expected type 'diffcr_compile.routing'"),
+        (edit(lambda record: record.update(version=2)), "version 2, newer than this package knows"),
+        (edit(lambda record: record.update(fingerprint="0" * 64)), "made for another architecture than this TinyDiT"),
+        (edit(lambda record: record.pop("plan")), "damaged: KeyError"),
+        (edit(lambda record: record["config"].update(colour=1)), "no option named 'colour'"),
+        (edit(lambda record: record["table"].pop()), r"expected a ratio table of shape \(4, 2\)"),
+        (edit(lambda record: record["table"][0].__setitem__(0, 1001)), "ratios outside 0..1000"),
+        (edit(lambda record: record["table"].__setitem__(0, 3)), "damaged"),
+        (edit(lambda record: record.update(sha256="")), "truncated or changed"),
+    ],
+)
+def test_damage_is_refused(saved: Path, damage: Callable[[Path], None], says: str) -> None:
+    damage(saved)
+    model = original(SHAPE)
+    with pytest.raises(ArtefactError, match=says):
+        diffcr_compile.load(model, saved)
+    assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
+    assert same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
+
+
+def test_another_models_routing_is_refused(saved: Path) -> None:
+    other = original(Shape("joint", depth=2, heads=2, head_dim=6))
+    with pytest.raises(ArtefactError, match=r"Classes, names and shapes of all parameters must agree"):
+        diffcr_compile.load(other, saved)
+
+
+def test_load_on_a_transformed_model(model: TinyDiT, saved: Path) -> None:
+    with pytest.raises(diffcr_compile.AlreadyTransformedError, match="restore"):
+        diffcr_compile.load(model, saved)
+
+
+def test_save_on_a_plain_model(tmp_path: Path) -> None:
+    with pytest.raises(diffcr_compile.NotTransformedError, match="TinyDiT is not transformed"):
+        diffcr_compile.save(original(SHAPE), tmp_path / "routing")
+    assert list(tmp_path.iterdir()) == []

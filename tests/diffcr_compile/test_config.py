@@ -1,0 +1,82 @@
+"""Options: validated once, and the same after JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffcr_compile import CalibrationConfig, DiffCRConfig
+
+CONFIGS = st.one_of(
+    st.builds(
+        DiffCRConfig,
+        num_regions=st.integers(1, 20),
+        gate=st.sampled_from(["exact", "sigmoid"]),
+        min_flops_share=st.floats(0, 1),
+        timestep_argument=st.none() | st.text(max_size=5),
+        timestep_range=st.none() | st.tuples(st.floats(-1, 0), st.floats(0.5, 1000)),
+    ),
+    st.builds(
+        CalibrationConfig,
+        steps=st.integers(1, 1000),
+        ramp=st.floats(0, 0.5),
+        settle=st.floats(0, 0.5),
+        trainable=st.sampled_from(["all", "routers"]),
+        warm_start=st.booleans(),
+    ),
+)
+
+
+@given(config=CONFIGS)
+def test_options_survive_json(config: DiffCRConfig | CalibrationConfig) -> None:
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_options_are_frozen_and_by_keyword() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DiffCRConfig().num_regions = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DiffCRConfig(4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "says"),
+    [
+        (DiffCRConfig, {"num_regions": 0}, "num_regions must be an integer >= 1, found 0"),
+        (DiffCRConfig, {"num_regions": True}, "num_regions must be an integer >= 1, found True"),
+        (DiffCRConfig, {"num_regions": 2.0}, "found 2.0"),
+        (DiffCRConfig, {"gate": "hard"}, "gate must be one of 'exact', 'sigmoid', found 'hard'"),
+        (DiffCRConfig, {"skip": "reuse"}, "skip must be one of 'identity', found 'reuse'"),
+        (DiffCRConfig, {"context": "all"}, "context must be one of 'kept', found 'all'"),
+        (DiffCRConfig, {"min_flops_share": 1.5}, "min_flops_share must lie in \\[0, 1\\], found 1.5"),
+        (DiffCRConfig, {"timestep_range": (1.0, 1.0)}, "timestep_range must be \\(lowest, highest\\)"),
+        (CalibrationConfig, {"steps": 0}, "steps must be an integer >= 1, found 0"),
+        (CalibrationConfig, {"learning_rate": 0.0}, "learning_rate must be positive, found 0.0"),
+        (CalibrationConfig, {"tolerance": -1.0}, "tolerance must be positive"),
+        (CalibrationConfig, {"trainable": "lora"}, "trainable must be one of"),
+        (CalibrationConfig, {"ramp": 0.8, "settle": 0.4}, "ramp \\+ settle must be at most 1"),
+        (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
+    ],
+)
+def test_a_bad_option_is_named(cls: type, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"type": "Other"}, "expected options of type 'DiffCRConfig', found 'Other'"),
+        ({"version": 2}, "version 2 is not known here \\(newest known: 1\\)"),
+        ({"version": None}, "version None"),
+        ({"colour": 1}, "no option named 'colour'"),
+    ],
+)
+def test_another_files_options_are_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        DiffCRConfig.from_dict({**DiffCRConfig().to_dict(), **change})

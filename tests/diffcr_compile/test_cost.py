@@ -1,0 +1,57 @@
+"""What tables cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, reference_flops, routed, same_snapshot, snapshot, tiny_inputs
+
+import diffcr_compile
+from diffcr_compile.cost import BlockCost, CostModel, cost_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyDiT:
+    return routed(SHAPE)
+
+
+def test_measuring_changes_nothing(model: TinyDiT) -> None:
+    diffcr_compile.set_ratios(model, 0.5)
+    before = snapshot(model)
+    diffcr_compile.cost(model, tiny_inputs(SHAPE))
+    assert same_snapshot(snapshot(model), before)
+
+
+def test_other_inputs_cost_otherwise(model: TinyDiT) -> None:
+    diffcr_compile.set_ratios(model, 0.5)
+    small = diffcr_compile.cost(model)
+    inputs = tiny_inputs(SHAPE, batch=2, num_tokens=40)
+    large = diffcr_compile.cost(model, inputs)
+    assert large.dense_flops == reference_flops(lambda: original(SHAPE)(**inputs))
+    assert large.routed_flops[0] == reference_flops(lambda: model(**inputs))
+    assert diffcr_compile.cost(model) == small
+
+
+def test_the_expected_share_is_the_share_at_bins_and_linear_between(model: TinyDiT) -> None:
+    costs = cost_model(model)
+    at = {ratio: costs.share([[ratio] * 2] * 4) for ratio in (300, 400)}
+    for ratio, expected in ((0.3, at[300]), (0.4, at[400]), (0.35, (at[300] + at[400]) / 2)):
+        # float32 masters and result
+        assert float(costs.expected_share(torch.full((4, 2), ratio))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_cost_model_adds_up() -> None:
+    block = BlockCost(num_tokens=10, dense=1000, skipped=0, curve=(5.0, 80.0, 2.0))
+    costs = CostModel(dense_flops=2500, blocks=(block, block))
+    assert costs.fixed_flops == 500
+    assert block.at(0) == 1000
+    assert block.at(50) == 1000, "no token skips"
+    assert block.at(1000) == 0
+    assert block.at(500) == 5 + 400 + 50
+    assert costs.row_flops([0, 500]) == 500 + 1000 + 455
+    assert costs.share([[0, 0], [1000, 1000]]) == (2500 + 500) / 2 / 2500
+    assert costs.minimum_share == 0.2

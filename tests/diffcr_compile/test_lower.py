@@ -1,0 +1,229 @@
+"""``lower``: the graphs it makes, what it follows, and that it can be taken back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, relative_error, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import diffcr_compile
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
+
+PLAIN = Shape("plain", depth=3, heads=1, head_dim=6)
+ROTARY = Shape("rotary", depth=2, heads=1, head_dim=6)
+TABLE = [[0.2, 0.2, 0.5], [0.2, 0.2, 0.5], [0.5, 0.0, 0.2], [0.2, 0.5, 1.0]]
+"""Three distinct rows; ratios 0.2 and 0.5 beside none and all: capacities 9 and 6 of 11, 11 and 0."""
+
+TOLERANCE = 1e-5
+"""Of the largest value, in float32: Inductor fuses and reorders sums."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def eager_backend() -> Any:
+    return CompileCounterWithBackend("eager")
+
+
+def run(model: TinyDiT, step: float = 500.0, shape: Shape = PLAIN, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**tiny_inputs(shape, timestep=step, **options))
+
+
+def lowered(table: Any, scope: str) -> tuple[TinyDiT, TinyDiT, Any]:
+    """(eager, lowered, counter of graphs) at one table."""
+    model, counter = routed(PLAIN), eager_backend()
+    diffcr_compile.set_ratios(model, table)
+    eager = copy.deepcopy(model)
+    assert diffcr_compile.lower(model, scope=scope, backend=counter) is model  # type: ignore[arg-type]
+    return eager, model, counter
+
+
+STEPS = (10.0, 300.0, 600.0, 900.0)
+
+
+def test_full_makes_one_graph_per_distinct_row() -> None:
+    eager, model, counter = lowered(TABLE, "full")
+    for _ in range(2):
+        for step in STEPS:
+            assert same_bits(run(model, step), run(eager, step))
+    assert counter.frame_count == 3
+
+
+@pytest.mark.slow
+def test_regions_of_equal_rows_share_a_graph() -> None:
+    """More regions of one row than Dynamo recompiles one code object."""
+    config = diffcr_compile.DiffCRConfig(num_regions=20)
+    model = diffcr_compile.transform(original(PLAIN), config, example_inputs=tiny_inputs(PLAIN))
+    diffcr_compile.set_ratios(model, [[0.2, 0.2, 0.5]] * 10 + [[0.5, 0.0, 0.2]] * 10)
+    eager, counter = copy.deepcopy(model), eager_backend()
+    diffcr_compile.lower(model, scope="full", backend=counter)
+    for region in range(20):
+        assert same_bits(run(model, 50.0 * region + 1), run(eager, 50.0 * region + 1))
+    assert counter.frame_count == 2
+
+
+def test_regional_makes_one_graph_per_capacity() -> None:
+    """Shared by all layers: ratios 0, 0.2, 0.5 and 1 of one family, 12 blocks and regions."""
+    eager, model, counter = lowered(TABLE, "regional")
+    for _ in range(2):
+        for step in STEPS:
+            assert same_bits(run(model, step), run(eager, step))
+    # at ratio one nothing is left to compile: the block returns what came in
+    assert counter.frame_count in (3, 4)
+    assert counter.op_count > 0
+
+
+@pytest.mark.slow
+def test_many_capacities_stay_compiled() -> None:
+    """More than Dynamo's limit of 8 recompilations of one code object."""
+    model, counter = routed(PLAIN), eager_backend()
+    diffcr_compile.lower(model, scope="regional", backend=counter)
+    for thousandth in range(0, 1000, 91):
+        diffcr_compile.set_ratios(model, thousandth / 1000)
+        run(model)
+    assert counter.frame_count == len(range(0, 1000, 91))
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_a_new_table_is_followed(scope: str) -> None:
+    eager, model, counter = lowered(0.2, scope)
+    run(model)
+    graphs = counter.frame_count
+    for one in (eager, model):
+        diffcr_compile.set_ratios(one, 0.7)
+    assert same_bits(run(model), run(eager))
+    assert counter.frame_count > graphs
+    for one in (eager, model):
+        diffcr_compile.set_ratios(one, 0.2)
+    graphs = counter.frame_count
+    assert same_bits(run(model), run(eager))
+    assert counter.frame_count == graphs, "the graphs of the first table are kept"
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_masters_that_a_trainer_moved_are_followed(scope: str) -> None:
+    eager, model, _ = lowered(0.2, scope)
+    run(model)
+    for one in (eager, model):
+        with diffcr_compile.learning(one) as learnable, torch.no_grad():
+            learnable.ratios.fill_(0.6)
+    assert same_bits(run(model), run(eager))
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_a_batch_in_several_regions(scope: str) -> None:
+    eager, model, _ = lowered(TABLE, scope)
+    inputs = tiny_inputs(PLAIN, timestep=torch.tensor([10.0, 900.0, 600.0]))
+    with torch.no_grad():
+        assert same_bits(model(**inputs), eager(**inputs))
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_restore_takes_it_back(scope: str) -> None:
+    _, model, _ = lowered(TABLE, scope)
+    run(model)
+    diffcr_compile.restore(model)
+    assert same_snapshot(snapshot(model), snapshot(original(PLAIN)))
+    assert same_bits(run(model), run(original(PLAIN)))
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_zero_ratio_keeps_the_values(scope: str) -> None:
+    _, model, _ = lowered(0.0, scope)
+    assert same_bits(run(model), run(original(PLAIN)))
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_trace_and_record_run_eagerly(scope: str) -> None:
+    eager, model, counter = lowered(TABLE, scope)
+    with diffcr_compile.trace(model) as seen, diffcr_compile.record(model) as batches:
+        found = run(model)
+    assert counter.frame_count == 0
+    with diffcr_compile.trace(eager) as expected:
+        assert same_bits(found, run(eager))
+    assert all(same_bits(seen.kept[fqn], expected.kept[fqn]) for fqn in expected.kept)
+    assert len(batches) == 1
+    run(model)
+    assert counter.frame_count > 0
+
+
+def test_calibrate_learns_eagerly_and_stays_lowered() -> None:
+    _, model, counter = lowered(0.0, "regional")
+    config = diffcr_compile.CalibrationConfig(steps=3, trainable="routers")
+    diffcr_compile.calibrate(model, [tiny_inputs(PLAIN)], budget=0.7, config=config)
+    assert counter.frame_count == 0
+    run(model)
+    assert counter.frame_count > 0
+
+
+def test_lowering_again_changes_the_scope() -> None:
+    eager, model, first = lowered(TABLE, "full")
+    second = eager_backend()
+    diffcr_compile.lower(model, scope="regional", backend=second)
+    assert same_bits(run(model), run(eager))
+    assert first.frame_count == 0
+    assert second.frame_count > 0
+
+
+def test_a_copy_compiles_for_itself() -> None:
+    eager, model, _ = lowered(TABLE, "full")
+    other = copy.deepcopy(model)
+    diffcr_compile.set_ratios(other, 0.9)
+    assert same_bits(run(model), run(eager))
+    diffcr_compile.set_ratios(eager, 0.9)
+    assert same_bits(run(other), run(eager))
+
+
+def test_plain_torch_compile_takes_a_transformed_model_whole() -> None:
+    """DESIGN.md section 7: where the table has equal rows, without ``lower``."""
+    model = routed(PLAIN)
+    diffcr_compile.set_ratios(model, [[0.2, 0.5, 0.9]] * 4)
+    expected = run(model)
+    sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        sizes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert all(same_bits(compiled(**tiny_inputs(PLAIN)), expected) for _ in range(2))
+    # torch compiles a root's forward hook as a frame of its own; ours is then a graph without operators
+    assert len([size for size in sizes if size]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["full", "regional"])
+@pytest.mark.parametrize("shape", [PLAIN, ROTARY], ids=["plain", "rotary"])
+def test_inductor_agrees_with_eager(shape: Shape, scope: str) -> None:
+    model = routed(shape)
+    diffcr_compile.set_ratios(model, 0.4)
+    expected = run(model, shape=shape)
+    diffcr_compile.lower(model, scope=scope)  # type: ignore[arg-type]
+    assert relative_error(run(model, shape=shape), expected) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_lowered_model_trains() -> None:
+    model = routed(PLAIN)
+    diffcr_compile.set_ratios(model, 0.4)
+    gradients = []
+    for lower in (False, True):
+        if lower:
+            diffcr_compile.lower(model, backend="aot_eager")
+        model.zero_grad()
+        model(**tiny_inputs(PLAIN)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 3
+    assert all(
+        relative_error(found, expected) < TOLERANCE for found, expected in zip(gradients[1], gradients[0], strict=True)
+    )

@@ -1,0 +1,86 @@
+"""``record`` and ``trace``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+
+import diffcr_compile
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
+MIXED = tiny_inputs(SHAPE, timestep=torch.tensor([10.0, 900.0, 400.0]))
+
+
+@pytest.fixture
+def model() -> TinyDiT:
+    model = routed(SHAPE)
+    diffcr_compile.set_ratios(model, [[0.0, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 1.0]])
+    return model
+
+
+def test_record_on_a_plain_model() -> None:
+    model, inputs = original(SHAPE), tiny_inputs(SHAPE)
+    before = snapshot(model)
+    with diffcr_compile.record(model) as batches:
+        model(inputs["x"], timestep=inputs["timestep"])
+        inputs["x"].zero_()
+        model(inputs["x"], inputs["timestep"])
+    assert same_snapshot(snapshot(model), before)
+    assert [list(batch) for batch in batches] == [["x", "timestep"]] * 2
+    assert same_bits(batches[0], tiny_inputs(SHAPE))
+    assert same_bits(batches[1], inputs)
+
+
+def test_record_keeps_a_split_batch_whole(model: TinyDiT) -> None:
+    """One call of the user's is one batch, also where its samples lie in several regions."""
+    with diffcr_compile.record(model) as batches:
+        model(**MIXED)
+    assert len(batches) == 1
+    assert same_bits(batches[0], MIXED)
+
+
+def test_recorded_batches_run(model: TinyDiT) -> None:
+    with diffcr_compile.record(model) as batches:
+        expected = model(**tiny_inputs(SHAPE))
+    assert same_bits(model(**batches[0]), expected)
+    assert not batches[0]["x"].requires_grad
+
+
+def test_trace_tells_every_call(model: TinyDiT) -> None:
+    with diffcr_compile.trace(model) as seen:
+        for step in (10.0, 900.0):
+            model(**tiny_inputs(SHAPE, timestep=step))
+    shapes = {fqn: [tuple(kept.shape) for kept in calls] for fqn, calls in seen.kept.items()}
+    assert shapes == {"blocks.0": [(3, 11), (3, 4)], "blocks.1": [(3, 9), (3, 0)]}
+    assert all(kept.dtype == torch.int64 for calls in seen.kept.values() for kept in calls)
+    assert seen.kept["blocks.0"][0].tolist() == [list(range(11))] * 3
+    assert all(row == sorted(set(row)) for kept in seen.kept["blocks.1"] for row in kept.tolist())
+
+
+def test_tracing_changes_no_output(model: TinyDiT) -> None:
+    expected = model(**MIXED)
+    with diffcr_compile.trace(model) as seen:
+        assert same_bits(model(**MIXED), expected)
+    assert same_bits(model(**MIXED), expected)
+    assert len(seen.kept["blocks.0"]) == 3
+
+
+def test_traces_nest_and_end_after_an_error(model: TinyDiT) -> None:
+    with diffcr_compile.trace(model) as outer:
+        inner = _run_and_fail(model)
+        model(**tiny_inputs(SHAPE))
+    assert len(inner.kept["blocks.0"]) == 1
+    assert len(outer.kept["blocks.0"]) == 2
+    assert torch.equal(inner.kept["blocks.0"][0], outer.kept["blocks.0"][0])
+
+
+def _run_and_fail(model: TinyDiT) -> diffcr_compile.Trace:
+    try:
+        with diffcr_compile.trace(model) as seen:
+            model(**tiny_inputs(SHAPE))
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        return seen

@@ -1,0 +1,134 @@
+"""Timestep regions: from the value, once per forward; a batch in several regions is split and put together."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Shape, TinyDiT, relative_error, routed, same_bits, tiny_inputs
+
+import diffcr_compile
+from diffcr_compile.plan import TimestepPlan
+from diffcr_compile.region import pin_region, region_of
+from diffcr_compile.routed import routing_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
+TABLE = [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]]
+PLAN = TimestepPlan("t", 0.0, 1000.0)
+
+
+@pytest.fixture
+def model() -> TinyDiT:
+    model = routed(SHAPE)
+    diffcr_compile.set_ratios(model, TABLE)
+    return model
+
+
+def inputs(*timesteps: float) -> dict[str, Any]:
+    return tiny_inputs(SHAPE, batch=len(timesteps), timestep=torch.tensor(timesteps))
+
+
+@given(value=st.floats(0, 1000, width=32), num_regions=st.integers(1, 9))
+def test_regions_are_of_equal_width(value: float, num_regions: int) -> None:
+    (region,) = region_of(value, PLAN, num_regions)
+    assert (
+        region == min(int(value * num_regions / 1000 + 1e-12), num_regions - 1) or value * num_regions / 1000 % 1 < 1e-9
+    )
+    assert 0 <= region < num_regions
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (torch.tensor(10.0), [0]),
+        (torch.tensor([10, 999]), [0, 3]),
+        (torch.tensor([[10, 400], [0, 20]]), [1, 0]),
+        (torch.tensor([1000.0, 0.0]), [3, 0]),
+        (torch.tensor([1000.9, -0.9]), [3, 0]),
+        (500, [2]),
+        (249.999, [0]),
+    ],
+    ids=["scalar", "per sample", "per token: the largest", "ends", "rounding past the ends", "int", "just below"],
+)
+def test_region_of(values: Any, expected: list[int]) -> None:
+    assert region_of(values, PLAN, 4) == expected
+
+
+@pytest.mark.parametrize("value", [1002.0, -2.0, float("nan")])
+def test_a_timestep_outside_is_an_error(value: float) -> None:
+    with pytest.raises(ValueError, match=r"'t' is .*, outside 0..1000"):
+        region_of(torch.tensor([5.0, value]), PLAN, 4)
+
+
+@pytest.mark.parametrize("region", range(4))
+def test_the_timestep_picks_the_row(model: TinyDiT, region: int) -> None:
+    call = inputs(*[250.0 * region + 10] * 3)
+    with torch.no_grad():
+        found = model(**call)
+        diffcr_compile.set_ratios(model, [TABLE[region]] * 4)
+        assert same_bits(found, model(**call))
+
+
+def test_a_split_batch_is_each_sample_alone(model: TinyDiT) -> None:
+    call = inputs(900.0, 10.0, 950.0, 300.0)
+    with torch.no_grad():
+        whole = model(**call)
+        for sample in range(4):
+            alone = model(**{name: value[sample : sample + 1] for name, value in call.items()})
+            assert relative_error(whole[sample : sample + 1], alone) < 1e-5  # float32, another batch size
+
+
+def test_a_forward_that_fails_leaves_no_half_split_batch(model: TinyDiT) -> None:
+    """The next forward is not given the samples that were left over."""
+    good, expected = inputs(10.0, 20.0), routed(SHAPE)
+    diffcr_compile.set_ratios(expected, TABLE)
+    bad = inputs(10.0, 900.0)
+    bad["x"] = bad["x"][..., :2]
+    with pytest.raises(RuntimeError):
+        model(**bad)
+    with torch.no_grad():
+        assert same_bits(model(**good), expected(**good))
+
+
+def test_hooks_of_the_user_see_the_whole_batch() -> None:
+    """A forward hook that was there before ``transform`` is called once per call, with the whole output, as on the dense model."""
+    from models import original
+
+    seen: list[int] = []
+    model = original(SHAPE)
+    model.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    diffcr_compile.transform(model, example_inputs=tiny_inputs(SHAPE))
+    diffcr_compile.set_ratios(model, TABLE)
+    seen.clear()
+    model(**inputs(10.0, 900.0, 20.0))
+    assert seen == [3]
+
+
+def test_equal_rows_read_no_timestep(model: TinyDiT) -> None:
+    diffcr_compile.set_ratios(model, 0.5)
+    assert torch.isfinite(model(**inputs(99999.0, -5.0))).all()
+
+
+def test_a_pinned_region_wins(model: TinyDiT) -> None:
+    with torch.no_grad():
+        expected = model(**inputs(990.0, 990.0))
+        with pin_region(routing_of(model), 3):
+            found = model(inputs(990.0, 990.0)["x"], torch.tensor([990.0, 990.0]))
+        assert same_bits(found, expected)
+        with pin_region(routing_of(model), 0):
+            assert not same_bits(model(**inputs(990.0, 990.0)), expected)
+
+
+def test_copies_have_regions_of_their_own(model: TinyDiT) -> None:
+    other = copy.deepcopy(model)
+    diffcr_compile.restore(other)
+    with torch.no_grad():
+        assert not same_bits(model(**inputs(900.0, 10.0)), other(**inputs(900.0, 10.0)))
+    diffcr_compile.restore(model)
+    assert same_bits(model(**inputs(900.0, 10.0)), other(**inputs(900.0, 10.0)))

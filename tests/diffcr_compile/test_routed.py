@@ -1,0 +1,138 @@
+"""The routed forward on the instance: class, signature, copies, pickles, threads, and what others bind after it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, routed, same_bits, tiny_inputs
+from torch import Tensor
+
+import diffcr_compile
+from diffcr_compile.routed import ROUTER, STATE
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("joint", depth=2, heads=1, head_dim=6)
+INPUTS = tiny_inputs(SHAPE)
+
+
+@pytest.fixture
+def model() -> TinyDiT:
+    model = routed(SHAPE)
+    diffcr_compile.set_ratios(model, 0.4)
+    return model
+
+
+def run(model: TinyDiT, inputs: dict[str, Any] | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(**(inputs or INPUTS))
+
+
+def test_a_block_keeps_its_class_and_signature(model: TinyDiT) -> None:
+    import inspect
+
+    plain = original(SHAPE)
+    for mine, theirs in zip(model.blocks, plain.blocks, strict=True):
+        assert type(mine) is type(theirs)
+        assert inspect.signature(mine.forward) == inspect.signature(theirs.forward)
+        assert set(vars(mine)) - set(vars(theirs)) == {STATE, "forward"}
+        assert set(mine._modules) - set(theirs._modules) == {ROUTER}
+
+
+def test_what_is_added_lies_inside_blocks(model: TinyDiT) -> None:
+    plain = original(SHAPE)
+    added = {name for name, _ in model.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert added == {"blocks.0.diffcr_router.weight", "blocks.1.diffcr_router.weight"}
+    assert [name for name, _ in model.named_buffers()] == [name for name, _ in plain.named_buffers()]
+
+
+def test_a_copy_is_independent(model: TinyDiT) -> None:
+    before, other = run(model), copy.deepcopy(model)
+    assert same_bits(run(other), before)
+    diffcr_compile.set_ratios(other, 0.9)
+    assert same_bits(run(model), before)
+    assert not same_bits(run(other), before)
+    assert all(block.forward.__self__ is block for block in other.blocks)
+    assert str(diffcr_compile.explain(model)) != str(diffcr_compile.explain(other))
+
+
+def test_a_pickle_of_the_whole_model_is_refused_aloud(model: TinyDiT) -> None:
+    """It would come back dense: a bound forward is pickled by its name alone."""
+    with pytest.raises(diffcr_compile.UnsupportedError, match="save"):
+        torch.save(model, io.BytesIO())
+
+
+
+def test_a_forward_that_another_tool_wraps_stays_routed_and_passes_through_after_restore(model: TinyDiT) -> None:
+    calls = []
+    inner = model.blocks[0].forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    expected = run(model)
+    model.blocks[0].forward = wrapped
+    assert same_bits(run(model), expected)
+    diffcr_compile.restore(model)
+    assert model.blocks[0].forward is wrapped
+    assert same_bits(run(model), run(original(SHAPE)))
+    assert len(calls) == 2
+
+
+def test_threads_have_regions_of_their_own(model: TinyDiT) -> None:
+    diffcr_compile.set_ratios(model, [[0.0] * 2, [0.2] * 2, [0.5] * 2, [0.8] * 2])
+    inputs = [tiny_inputs(SHAPE, timestep=step) for step in (10.0, 300.0, 600.0, 900.0)]
+    expected = [run(model, one) for one in inputs]
+    failures: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            failures.extend([index] * (not same_bits(run(model, inputs[index]), expected[index])))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_checkpointing_around_a_block_recomputes_the_same_tokens(model: TinyDiT) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    block, inputs = model.blocks[0], tiny_inputs(SHAPE)
+    x = torch.randn(3, 11, SHAPE.width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    cond = torch.randn(3, SHAPE.width, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for run_block in (block, lambda *args: checkpoint(block, *args, use_reentrant=False)):
+        x.grad = None
+        run_block(x, inputs["text"], cond, inputs["rope"])[0].square().sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad.clone())
+    assert same_bits(gradients[1], gradients[0])
+
+
+def test_other_sizes_than_those_it_was_analysed_with(model: TinyDiT) -> None:
+    diffcr_compile.set_ratios(model, 0.5)
+    inputs = tiny_inputs(SHAPE, batch=2, num_tokens=29, num_text=3)
+    assert run(model, inputs).shape == inputs["x"].shape
+
+
+def test_a_table_that_does_not_follow_the_tokens_is_refused(model: TinyDiT) -> None:
+    rope = tuple(table[:-1] for table in INPUTS["rope"])
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"blocks.0: input 'rope_0' .* should hold 15 tokens"):
+        run(model, {**INPUTS, "rope": rope})
+
+
+def test_autocast_is_followed(model: TinyDiT) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(model)
+        diffcr_compile.set_ratios(model, 0.0)
+        assert same_bits(run(model), run(original(SHAPE)))
+    assert bool(torch.isfinite(output).all())

@@ -1,0 +1,36 @@
+"""The router: no one else's layer, out of every state dict, seeded by its name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from diffcr_compile.router import Router
+
+
+def make(fqn: str) -> Router:
+    return Router(16, fqn, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+def test_the_start_depends_on_the_name_alone() -> None:
+    before = torch.get_rng_state()
+    first, again, other = make("blocks.0"), make("blocks.0"), make("blocks.1")
+    assert torch.equal(first.weight, again.weight)
+    assert not torch.equal(first.weight, other.weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dtype_and_shape_are_the_blocks() -> None:
+    weight = make("blocks.0").weight
+    assert (weight.dtype, tuple(weight.shape)) == (torch.bfloat16, (16,))
+    assert isinstance(weight, nn.Parameter)
+    assert not isinstance(make("blocks.0"), nn.Linear)
+
+
+def test_state_dicts_know_nothing_of_it() -> None:
+    module = nn.Linear(2, 2)
+    keys = list(module.state_dict())
+    module.add_module("diffcr_router", make("blocks.0"))
+    assert list(module.state_dict()) == keys
+    assert module.load_state_dict(nn.Linear(2, 2).state_dict(), strict=True).missing_keys == []
+    assert "diffcr_router.weight" in dict(module.named_parameters())

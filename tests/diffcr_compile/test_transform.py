@@ -1,0 +1,139 @@
+"""``transform`` and ``restore`` in place."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from torch import nn
+
+import diffcr_compile
+from diffcr_compile import DiffCRConfig
+from diffcr_compile.transform import PASSES
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("plain", depth=3, heads=1, head_dim=6)
+INPUTS = tiny_inputs(SHAPE)
+
+
+def kept_share(model: nn.Module) -> torch.Tensor:
+    diffcr_compile.set_ratios(model, 0.5)
+    return model(**INPUTS)
+
+
+def test_it_returns_the_same_object() -> None:
+    model = original(SHAPE)
+    assert diffcr_compile.transform(model, example_inputs=INPUTS) is model
+    assert type(model) is TinyDiT
+
+
+@pytest.mark.parametrize(
+    "given",
+    [INPUTS, ((INPUTS["x"], INPUTS["timestep"]), {}), ([INPUTS["x"]], {"timestep": INPUTS["timestep"]})],
+    ids=["dict", "args", "both"],
+)
+def test_inputs_may_be_given_in_any_form(given: Any) -> None:
+    model = diffcr_compile.transform(original(SHAPE), example_inputs=given)
+    assert same_bits(kept_share(model), kept_share(routed(SHAPE)))
+
+
+def test_one_sample_is_enough() -> None:
+    """A batch of one would bake its size into the graphs."""
+    model = diffcr_compile.transform(original(SHAPE), example_inputs=tiny_inputs(SHAPE, batch=1))
+    assert same_bits(kept_share(model), kept_share(routed(SHAPE)))
+
+
+def test_filter_fn_chooses_among_the_blocks() -> None:
+    asked: list[str] = []
+
+    def odd(module: nn.Module, fqn: str) -> bool:
+        asked.append(fqn)
+        return fqn != "blocks.1"
+
+    model = diffcr_compile.transform(original(SHAPE), example_inputs=INPUTS, filter_fn=odd)
+    assert tuple(diffcr_compile.ratios(model).shape) == (4, 2)
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= set(asked)
+    assert "blocks.1 (Block): left out by filter_fn" in str(diffcr_compile.explain(model))
+    assert not hasattr(model.blocks[1], "diffcr_router")
+
+
+def test_the_config_is_followed() -> None:
+    config = DiffCRConfig(num_regions=7, gate="sigmoid", timestep_range=(0.0, 500.0))
+    model = diffcr_compile.transform(original(SHAPE), config, example_inputs=INPUTS)
+    assert tuple(diffcr_compile.ratios(model).shape) == (7, 3)
+    text = str(diffcr_compile.explain(model))
+    assert "gate_sigmoid" in text
+    assert "0..500" in text
+    assert same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
+    assert not same_bits(kept_share(model), kept_share(routed(SHAPE)))
+
+
+def test_a_compiled_wrapper_is_unwrapped() -> None:
+    model = original(SHAPE)
+    wrapper = torch.compile(model, backend="eager")
+    assert diffcr_compile.transform(wrapper, example_inputs=INPUTS) is model  # type: ignore[arg-type]
+    assert diffcr_compile.restore(wrapper) is model  # type: ignore[arg-type]
+
+
+def test_flags_and_hooks_stay() -> None:
+    model = original(SHAPE).train()
+    model.embed.weight.requires_grad_(False)
+    seen: list[str] = []
+    model.register_forward_hook(lambda *args: seen.append("root"))
+    model.blocks[0].register_forward_pre_hook(lambda *args: seen.append("block"))
+    before = snapshot(model)
+    diffcr_compile.transform(model, example_inputs=INPUTS)
+    assert model.training
+    assert not model.embed.weight.requires_grad
+    seen.clear()
+    model(**INPUTS)
+    assert seen == ["block", "root"]
+    diffcr_compile.restore(model)
+    assert same_snapshot(snapshot(model), before)
+
+
+def test_transform_after_restore_gives_the_same() -> None:
+    model = routed(SHAPE)
+    expected = kept_share(model)
+    again = diffcr_compile.transform(diffcr_compile.restore(model), example_inputs=INPUTS)
+    assert same_bits(kept_share(again), expected)
+
+
+def test_a_deferred_model_is_searched_once_at_its_first_forward() -> None:
+    model = diffcr_compile.transform(original(SHAPE))
+    assert same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
+    routers = [id(block.diffcr_router) for block in model.blocks]
+    model(**INPUTS)
+    assert routers == [id(block.diffcr_router) for block in model.blocks]
+
+
+def test_restore_from_deferred() -> None:
+    model = diffcr_compile.transform(original(SHAPE))
+    diffcr_compile.restore(model)
+    assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
+
+
+def test_calibrate_settles_a_deferred_model() -> None:
+    model = diffcr_compile.transform(original(SHAPE))
+    diffcr_compile.calibrate(model, [INPUTS], budget=0.8, config=diffcr_compile.CalibrationConfig(steps=2))
+    assert diffcr_compile.cost(model).share <= 0.8
+
+
+def test_the_passes_are_logged_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="diffcr_compile"):
+        diffcr_compile.transform(original(SHAPE), example_inputs=INPUTS)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pass ")]
+    for number, step in enumerate(PASSES, start=1):
+        assert any(line.startswith(f"pass {number}/{len(PASSES)} {step.__name__}: ") for line in lines)
+
+
+def test_a_model_on_the_meta_device_is_analysed() -> None:
+    """The search under fake tensors needs no values."""
+    inputs = {name: value.to("meta") for name, value in INPUTS.items()}
+    model = diffcr_compile.transform(original(SHAPE).to("meta"), example_inputs=inputs)
+    assert tuple(diffcr_compile.ratios(model).shape) == (4, 3)
+    assert model.blocks[0].diffcr_router.weight.is_meta

@@ -1,0 +1,104 @@
+"""Capture: what every module was called with, without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffcr_compile.passes.analysis import ModelAnalysis, TensorInfo
+from diffcr_compile.passes.capture import capture_calls
+from models import Shape, original, reference_flops, same_snapshot, snapshot, tiny_inputs
+from torch import Tensor, nn
+
+from diffcr_compile import CaptureError, DiffCRConfig
+from diffcr_compile.arguments import iterate_leaves
+
+SHAPE = Shape("joint", depth=2, heads=1, head_dim=6)
+
+
+def capture(model: nn.Module, inputs: dict[str, Any]) -> ModelAnalysis:
+    return capture_calls(ModelAnalysis(model, DiffCRConfig(), inputs, lambda module, fqn: True))
+
+
+def test_every_call_is_described() -> None:
+    model, inputs = original(SHAPE), tiny_inputs(SHAPE)
+    before = snapshot(model)
+    analysis = capture(model, inputs)
+    assert same_snapshot(snapshot(model), before)
+    (call,) = analysis.calls["blocks.0"]
+    assert list(call.arguments) == ["x", "text", "cond", "rope", "mask"]
+    assert call.arguments["x"] == TensorInfo((3, 11, 6), torch.float32)
+    assert call.arguments["rope"] == (TensorInfo((15, 6), torch.float32),) * 2
+    assert call.arguments["mask"] is None
+    assert call.output == (TensorInfo((3, 11, 6), torch.float32), TensorInfo((3, 4, 6), torch.float32))
+    assert analysis.calls["blocks.0"][0].in_order < analysis.calls["blocks.1"][0].in_order
+    assert analysis.calls["blocks.0"][0].attends
+
+
+def test_flops_are_torchs() -> None:
+    model, inputs = original(SHAPE), tiny_inputs(SHAPE)
+    analysis = capture(model, inputs)
+    assert analysis.module_flops[""] == reference_flops(lambda: model(**inputs))
+    assert 2 * analysis.module_flops["blocks.0"] < analysis.module_flops[""]
+
+
+def test_batch_axes_are_proved() -> None:
+    analysis = capture(original(SHAPE), tiny_inputs(SHAPE))
+    assert analysis.input_batch_axes == {("x",): 0, ("timestep",): 0, ("text",): 0}
+    assert analysis.output_batch_axes == (0,)
+
+
+def test_a_single_sample_is_doubled() -> None:
+    analysis = capture(original(SHAPE), tiny_inputs(SHAPE, batch=1))
+    assert analysis.calls["blocks.0"][0].arguments["x"].shape == (2, 11, 6)
+
+
+class ReadsValues(nn.Module):
+    """Can't run under fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x[:, : int(lengths.max())])
+
+
+def test_a_model_that_reads_values_runs_for_real() -> None:
+    model = ReadsValues()
+    analysis = capture(model, {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([2, 4, 3])})
+    assert analysis.calls["inner"][0].arguments["input"].shape == (3, 4, 4)
+    assert model.calls == 0
+
+
+class Embeds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        return self.table(ids) + x
+
+
+def test_integers_keep_their_values() -> None:
+    ids = torch.tensor([[1, 8], [3, 0]])
+    analysis = capture(Embeds(), {"ids": ids, "x": torch.randn(2, 2, 4)})
+    (leaf,) = (leaf for _, leaf in iterate_leaves(analysis.calls["table"][0].arguments))
+    assert torch.equal(leaf.value, ids)
+
+
+def test_what_the_model_refuses_is_told() -> None:
+    inputs = {"x": torch.randn(3, 5, 7), "lengths": torch.tensor([2, 4, 3])}
+    with pytest.raises(CaptureError) as raised:
+        capture(ReadsValues(), inputs)
+    message = str(raised.value)
+    for part in (
+        "ReadsValues could not be run",
+        "x torch.float32 (3, 5, 7)",
+        "RuntimeError",
+        "model(**example_inputs)",
+    ):
+        assert part in message

@@ -1,0 +1,45 @@
+"""Export: one symbol per dimension, unified by the solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffcr_compile.passes.analysis import Refused
+from diffcr_compile.passes.export import export_block
+from hand import D, Hand, N, analyse, block_of, draw
+from torch import Tensor
+
+
+def with_table(self: Hand, x: Tensor, table: Tensor, scale: float) -> Tensor:
+    return x + self.attend(x * table) * scale
+
+
+def test_equal_sizes_are_one_symbol_and_fixed_ones_numbers() -> None:
+    block = analyse(block_of(with_table), {"x": draw(), "table": draw(N, D), "scale": 0.5}, [export_block])
+    x, table, scale = block.leaf_dims
+    assert x[1] == table[0]
+    assert x[1].is_Symbol
+    assert x[0].is_Symbol
+    assert x[0] != x[1]
+    assert x[2] == table[1] == D
+    assert scale == ()
+    assert block.dims(block.graph_outputs[0]) == x
+
+
+def reads_a_value(self: Hand, x: Tensor) -> Tensor:
+    return x + self.attend(x) if float(x.sum()) > 0 else x
+
+
+def test_what_can_not_be_traced_is_refused_with_its_reason() -> None:
+    with pytest.raises(Refused, match=r"torch.export can't trace it \(\w+: .+\)"):
+        analyse(block_of(reads_a_value), {"x": draw().abs()}, [export_block])
+
+
+def test_exporting_leaves_the_block_alone() -> None:
+    block = block_of(with_table).train()
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    keys = set(vars(block))
+    analyse(block, {"x": draw(), "table": draw(N, D), "scale": 0.5}, [export_block])
+    assert block.training
+    assert set(vars(block)) == keys
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())

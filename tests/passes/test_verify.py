@@ -1,0 +1,136 @@
+"""The proof: what it accepts, in which form, and what it must not let pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffcr_compile.passes.analysis import Refused
+from diffcr_compile.passes.blocks import BLOCK_PASSES
+from diffcr_compile.passes.verify import TOLERANCE, randomised_copy, relative_error
+from hand import D, Hand, N, analyse, block_of, draw
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffcr_compile.plan import BlockPlan
+
+
+def prove(forward: Callable[..., Any], **arguments: Any) -> BlockPlan:
+    plan = analyse(block_of(forward), arguments, BLOCK_PASSES).plan
+    assert plan is not None
+    return plan
+
+
+def plain(self: Hand, x: Tensor) -> Tensor:
+    return x + self.attend(x)
+
+
+def shared_table(self: Hand, x: Tensor, rope: Tensor) -> Tensor:
+    """The table (N, d) broadcasts over (B, heads, N, d) from the right: nowhere to put a batch axis."""
+    q, k, v = self.heads(x)
+    return x + self.join(F.scaled_dot_product_attention(q * rope, k * rope, v))
+
+
+def table_with_room(self: Hand, x: Tensor, rope: Tensor) -> Tensor:
+    """The table (1, N, D) has an axis of one that can be widened."""
+    return x + self.attend(x * rope)
+
+
+@pytest.mark.parametrize(
+    ("forward", "tables", "lift"),
+    [
+        (plain, {}, "direct"),
+        (shared_table, {"rope": draw(N, D // 2)}, "vmap"),
+        (table_with_room, {"rope": draw(1, N, D)}, "inserted axis"),
+    ],
+)
+def test_the_first_form_that_holds_is_taken(forward: Callable[..., Any], tables: dict[str, Tensor], lift: str) -> None:
+    proved = prove(forward, x=draw(), **tables)
+    assert proved.lift == lift
+    assert 0 <= proved.error < TOLERANCE
+
+
+def positions_from_length(self: Hand, x: Tensor) -> Tensor:
+    return x + self.attend(x + torch.arange(x.shape[1]).view(1, -1, 1).float())
+
+
+def causal(self: Hand, x: Tensor) -> Tensor:
+    return x + self.join(F.scaled_dot_product_attention(*self.heads(x), is_causal=True))
+
+
+def neighbours(self: Hand, x: Tensor) -> Tensor:
+    return x + self.attend(x + x.roll(1, dims=1))
+
+
+def table_cut_by_length(self: Hand, x: Tensor, table: Tensor) -> Tensor:
+    return x + self.attend(x + table[: x.shape[1]])
+
+
+def across_the_batch(self: Hand, x: Tensor) -> Tensor:
+    return x + self.attend(x - x.mean(dim=0, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("forward", "tables"),
+    [
+        (positions_from_length, {}),
+        (causal, {}),
+        (neighbours, {}),
+        (table_cut_by_length, {"table": draw(40, D)}),
+        (across_the_batch, {}),
+    ],
+)
+def test_what_depends_on_order_length_or_other_samples_is_refused(
+    forward: Callable[..., Any], tables: dict[str, Tensor]
+) -> None:
+    with pytest.raises(Refused):
+        prove(forward, x=draw(), **tables)
+
+
+class SilentConvolution(Hand):
+    """A convolution over the sequence behind a gate that is zero: at initialisation it commutes with anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(D, D, 3, padding=1)
+        self.gate = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return x + self.gate * self.convolution(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_zero_gates_hide_nothing() -> None:
+    with pytest.raises(Refused, match="not interchangeable"):
+        analyse(SilentConvolution().eval(), {"x": draw()}, BLOCK_PASSES)
+
+
+def test_a_randomised_copy_leaves_the_original_alone() -> None:
+    block = SilentConvolution()
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    copy = randomised_copy(block.to(torch.bfloat16), torch.Generator().manual_seed(0))
+    assert all(torch.equal(tensor, before[name].bfloat16()) for name, tensor in block.state_dict().items())
+    assert all(parameter.dtype == torch.float32 and parameter.abs().min() > 0 for parameter in copy.parameters())
+    assert not copy.training
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "error"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), 0.0),
+        (torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0]), 0.5),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0]), float("inf")),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("inf")]), float("inf")),
+        (torch.tensor([1.0]), torch.tensor([1.0, 2.0]), float("inf")),
+    ],
+)
+def test_relative_error(found: Tensor, expected: Tensor, error: float) -> None:
+    assert relative_error(found, expected) == error
+
+
+def test_the_proof_draws_nothing_from_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    prove(plain, x=draw())
+    assert torch.equal(torch.get_rng_state(), before)
