@@ -67,7 +67,6 @@ def test_a_pickle_of_the_whole_model_is_refused_aloud(model: TinyDiT) -> None:
         torch.save(model, io.BytesIO())
 
 
-
 def test_a_forward_that_another_tool_wraps_stays_routed_and_passes_through_after_restore(model: TinyDiT) -> None:
     calls = []
     inner = model.blocks[0].forward

@@ -10,7 +10,6 @@ from models import Shape, routed, tiny_inputs
 
 import diffcr_compile
 from diffcr_compile.routed import routing_of
-from diffcr_compile.table import sync_with_masters
 
 SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
 
@@ -78,5 +77,5 @@ class TestTable:
     def test_syncing_twice_changes_nothing(self, model: torch.nn.Module) -> None:
         state = routing_of(model)
         diffcr_compile.set_ratios(model, 0.123)
-        sync_with_masters(state)
+        state.sync_with_masters()
         assert torch.equal(diffcr_compile.ratios(model), torch.full((4, 2), 0.123))
