@@ -52,6 +52,7 @@ class Settings:
     num_samples: int
     sampling_batch: int
     seed: int
+    alike: bool
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,11 @@ def build_variants(settings: Settings) -> tuple[list[Variant], dict[float, Calib
         ]
         if budget == min(settings.budgets):
             print("\ntraining a uniform table alike")
-            alike, _ = calibrate_model(budget, batches, settings.calibration, uniform=True)
-            name = f"uniform {budget:.0%}, trained alike"
+                name = f"uniform {budget:.0%}, trained alike"
             variants.append(Variant(name, alike, uniform, settings.sampling_steps))
+        if settings.alike:
+            model, _ = calibrate_model(budget, batches, settings.calibration, uniform=True)
+            variants.append(Variant(f"uniform {budget:.0%}, trained alike", model, even, settings.sampling_steps))
     return variants, reports
 
 
@@ -202,12 +205,13 @@ def trace_sampling(variant: Variant, run: Run) -> dict[str, list[Tensor]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6], help="shares of the dense FLOPs")
-    parser.add_argument("--steps", type=int, default=120, help="calibration steps for each budget")
+    parser.add_argument("--steps", type=int, default=90, help="calibration steps for each budget")
     parser.add_argument("--samples", type=int, default=60, help="pictures of each row")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
     parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--alike", action="store_true", help="also a uniform table trained alike, for each budget")
     parser.add_argument("--quick", action="store_true", help="one budget and little of everything")
     return parser.parse_args()
 
@@ -224,6 +228,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             num_samples=20,
             sampling_batch=10,
             seed=args.seed,
+            alike=False,
         )
     return Settings(
         budgets=tuple(args.budgets),
@@ -236,6 +241,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         num_samples=args.samples,
         sampling_batch=20,
         seed=args.seed,
+        alike=args.alike,
     )
 
 
