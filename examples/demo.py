@@ -8,7 +8,7 @@ Every row of the table starts from the same noise and the same labels, compiled 
 * dense: the model as it was trained; and with fewer sampling steps, the rival that needs no method at all.
 * DiffCR: routers, ratios and weights learned by `calibrate` under the budget.
 * uniform, same weights: that very model, with one ratio in all blocks and regions that costs the same FLOPs.
-* uniform, trained alike (at the lowest budget): one ratio from the start, and as many steps on the same batches with the same
+* uniform, trained alike (with `--alike`, which takes twice the time): one ratio from the start, and as many steps on the same batches with the same
   options for routers and weights (Mixture of Depths). What the learned table is worth is the difference to this row.
 """
 
@@ -110,13 +110,9 @@ def build_variants(settings: Settings) -> tuple[list[Variant], dict[float, Calib
             Variant(f"DiffCR {budget:.0%}", model, reports[budget].table, settings.sampling_steps),
             Variant(f"uniform {budget:.0%}, same weights", model, uniform, settings.sampling_steps),
         ]
-        if budget == min(settings.budgets):
-            print("\ntraining a uniform table alike")
-                name = f"uniform {budget:.0%}, trained alike"
-            variants.append(Variant(name, alike, uniform, settings.sampling_steps))
         if settings.alike:
-            model, _ = calibrate_model(budget, batches, settings.calibration, uniform=True)
-            variants.append(Variant(f"uniform {budget:.0%}, trained alike", model, even, settings.sampling_steps))
+            alike, _ = calibrate_model(budget, batches, settings.calibration, uniform=True)
+            variants.append(Variant(f"uniform {budget:.0%}, trained alike", alike, uniform, settings.sampling_steps))
     return variants, reports
 
 
