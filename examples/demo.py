@@ -8,8 +8,9 @@ Every row of the table starts from the same noise and the same labels, compiled 
 * dense: the model as it was trained; and with fewer sampling steps, the rival that needs no method at all.
 * DiffCR: routers, ratios and weights learned by `calibrate` under the budget.
 * uniform, same weights: that very model, with one ratio in all blocks and regions that costs the same FLOPs.
-* uniform, trained alike (with `--alike`, which takes twice the time): one ratio from the start, and as many steps on the same batches with the same
-  options for routers and weights (Mixture of Depths). What the learned table is worth is the difference to this row.
+* uniform, trained alike (with `--alike`, which takes twice the time): one ratio from the start, and as many steps on the same
+  batches with the same options, routers and weights only (Mixture of Depths). What the learned table is worth is the
+  difference to this row.
 """
 
 from __future__ import annotations

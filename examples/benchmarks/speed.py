@@ -3,7 +3,8 @@
     python examples/benchmarks/speed.py
 
 Every round runs the dense model and each uniform ratio once, eager and lowered, in turn, so that whatever else the
-machine does falls on all alike. Speed-up is the median over rounds of (dense time / routed time) in the same mode;
+machine does falls on all alike; but two threads wait for each other, so only an idle machine gives the true figure (the
+load before the run is written down). Speed-up is the median over rounds of (dense time / routed time) in the same mode;
 promised is the ratio of their FLOPs; efficiency is the one over the other. Writes `speed.md` and `speed.json` beside it.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import platform
 import shlex
 import statistics
@@ -172,6 +174,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "warmup_rounds": args.warmup,
         "rounds": args.repeats,
+        "load before": round(os.getloadavg()[0], 2),
     }
 
 
@@ -236,9 +239,9 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", message="the routers are untrained"
     )  # which tokens are kept does not change a time
-    inputs = build_inputs(args)
+    inputs, setting = build_inputs(args), describe(args)
     times = measure(build_runs(args, inputs), args)
-    setting, rows = describe(args), summarise(times, promised_speedups(args, inputs))
+    rows = summarise(times, promised_speedups(args, inputs))
     text = format_markdown(setting, rows)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "speed.md").write_text(text)
