@@ -193,7 +193,7 @@ class _Calibration:
         if not bool(torch.isfinite(value)) or not bool(torch.isfinite(norm)):
             raise CalibrationError(
                 f"the loss is {float(value.detach()):g} and its gradient norm {float(norm):g} at step {len(self.history)}. "
-                "Expected finite values: lower the learning rates, or look at the batches. Table and routers are as before the call."
+                "Expected finite values: lower the learning rates, or look at the batches. Table and routers are as before."
             )
         optimizer.step()
         optimizer.zero_grad()

@@ -202,8 +202,8 @@ def trace_sampling(variant: Variant, run: Run) -> dict[str, list[Tensor]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6], help="shares of the dense FLOPs")
-    parser.add_argument("--steps", type=int, default=90, help="calibration steps for each budget")
-    parser.add_argument("--samples", type=int, default=60, help="pictures of each row")
+    parser.add_argument("--steps", type=int, default=48, help="calibration steps for each budget")
+    parser.add_argument("--samples", type=int, default=40, help="pictures of each row")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
