@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, Self, get_args
 Gate = Literal["exact", "sigmoid"]
 Skip = Literal["identity"]
 Context = Literal["kept"]
-Preset = Literal["default", "paper"]
 Trainable = Literal["all", "routers"]
 Scope = Literal["auto", "full", "regional"]
 
