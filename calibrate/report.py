@@ -28,9 +28,10 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         losses = [entry["loss"] for entry in self.history]
+        how = f"{len(losses)} steps" if losses else "training-free"
         lines = [
-            f"budget {self.budget:.1%} of the dense FLOPs, met with {self.share:.2%}; {len(losses)} steps in {self.seconds:.0f} s, "
-            f"last loss {losses[-1]:.4f}",
+            f"budget {self.budget:.1%} of the dense FLOPs, met with {self.share:.2%}; {how} in {self.seconds:.0f} s"
+            + (f", last loss {losses[-1]:.4f}" if losses else ""),
             "ratio of skipped tokens, one row per timestep region from clean to noisy, one column per block:",
         ]
         for row, flops in zip(self.table, self.region_flops, strict=True):

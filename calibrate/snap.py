@@ -24,17 +24,26 @@ def snap_table(masters: Tensor, costs: CostModel, budget: float, tolerance: floa
 
     masters: (num_regions, num_blocks) in [0, 1]. Raises BudgetError below what remains at ratio one everywhere.
     """
-    check_reachable(costs, budget)
-    num_regions, num_blocks = masters.shape
+    learned = masters.detach().double().numpy()
     bins = np.arange(0, SCALE + 1, BIN)
+    return _choose((learned[:, :, None] - bins / SCALE) ** 2, costs, budget, tolerance)
+
+
+def choose_table(suffering: Tensor, costs: CostModel, budget: float, tolerance: float) -> Rows:
+    """The table of bins whose summed ``suffering`` (num_regions, num_blocks, bins) is least within the budget; as
+    :func:`snap_table`, with another measure of what a bin costs."""
+    return _choose(suffering.double().numpy(), costs, budget, tolerance)
+
+
+def _choose(penalties: np.ndarray, costs: CostModel, budget: float, tolerance: float) -> Rows:
+    check_reachable(costs, budget)
+    num_regions, num_blocks, num_bins = penalties.shape
     saved = [
-        [(block.dense - block.at(int(ratio))) / costs.dense_flops / num_regions for ratio in bins]
+        [(block.dense - block.at(ratio * BIN)) / costs.dense_flops / num_regions for ratio in range(num_bins)]
         for block in costs.blocks
     ]
-    learned = masters.detach().double().numpy()
-    penalties = (learned[:, :, None] - bins / SCALE) ** 2
     choices = _least_penalty(
-        penalties.reshape(-1, len(bins)), np.tile(np.array(saved), (num_regions, 1)), at_least=1 - budget
+        penalties.reshape(-1, num_bins), np.tile(np.array(saved), (num_regions, 1)), at_least=1 - budget
     )
     rows = (choices.reshape(num_regions, num_blocks) * BIN).tolist()
     return _use_up(rows, costs, budget, tolerance)

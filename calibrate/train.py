@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 from ..arguments import map_leaves
 from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
-from ..errors import BudgetError, CalibrationError
+from ..errors import BudgetError, CalibrationError, UnsupportedError
 from ..learning import check_budget, learnables, learning
 from ..routed import ModelRouting, router_weight, settle
 from ..table import read_table, write_table
 from .objective import dense_outputs, distillation_loss, output_tensors
 from .ratios import BudgetedRatios
 from .report import CalibrationReport
-from .snap import check_reachable, snap_table
+from .sensitivity import measure_suffering
+from .snap import check_reachable, choose_table, snap_table
 from .warm_start import fit_routers
 
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -44,15 +45,18 @@ def calibrate(
     loss: ``loss(model, batch) -> ()``; None: the distance from the same model's outputs at ratio zero on the same batch. Where
         weights are trained those outputs are computed before the first step and kept on the CPU.
 
-    Stages: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to bins under the
-    exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and requires_grad are put
-    back. A lowered model learns eagerly and stays lowered.
+    With the preset ``"training-free"``, the default where the model was transformed with ``skip="reuse"``, nothing is learned: the
+    batches are run once at ratio zero, in their order (with reuse, that of sampling, as ``record`` collects them), what skipping
+    would have cost each block in each region is measured, and the table that costs least within the budget is taken.
+
+    Else the stages are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
+    bins under the exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and
+    requires_grad are put back. A lowered model learns eagerly and stays lowered.
 
     Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, or a loss that is not finite: table and
     routers are then as before), NotTransformedError, ValueError.
     """
     check_budget(budget)
-    config = config or CalibrationConfig()
     batches = list(batches)
     if not batches:
         raise CalibrationError("calibrate was given no batches; expected keyword dictionaries of the model's forward.")
@@ -61,6 +65,13 @@ def calibrate(
             f"batches must be keyword dictionaries of the model's forward, found {type(batches[0]).__name__}"
         )
     state = settle(model, _to_device(model, batches[0]))
+    reuses = state.config.skip == "reuse"
+    config = config or CalibrationConfig(preset="training-free" if reuses else "default")
+    if reuses and config.preset != "training-free":
+        raise UnsupportedError(
+            "the model was transformed with skip='reuse', which takes steps of one trajectory, and learning takes single steps. "
+            "Use CalibrationConfig(preset='training-free') on recorded batches, or transform with skip='identity'."
+        )
     costs = measure_costs(model, batches[0])
     check_reachable(costs, budget)
     run = _Calibration(model, state, costs, batches, budget, loss, config)
@@ -100,6 +111,8 @@ class _Calibration:
             fit_routers(
                 self.model, state, (self._batch(batch) for batch in tqdm(self.batches, desc="warm start", leave=False))
             )
+        if config.preset == "training-free":
+            return self._choose(start)
         optimizer = self._optimizer()
         num_settling = round(config.steps * config.settle)
         if num_settling < config.steps:
@@ -107,6 +120,17 @@ class _Calibration:
             write_table(state, snap_table(learnables(self.model, state).ratios, costs, self.budget, config.tolerance))
         self._check_table()
         self._settle(optimizer, num_settling)
+        return self._report(start)
+
+    def _choose(self, start: float) -> CalibrationReport:
+        """The table that suffers least, without learning."""
+        described = tqdm(self.batches, desc="dense forwards", leave=False)
+        suffering = measure_suffering(self.model, self.state, (self._batch(batch) for batch in described))
+        write_table(self.state, choose_table(suffering, self.costs, self.budget, self.config.tolerance))
+        return self._report(start)
+
+    def _report(self, start: float) -> CalibrationReport:
+        state, costs = self.state, self.costs
         state.trained = True
         rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
         return CalibrationReport(

@@ -21,6 +21,7 @@ from .explain import Explanation, explain
 from .learning import Learnable, budget_loss, learning
 from .lower import lower
 from .observe import Trace, record, trace
+from .region import reset
 from .table import ratios, set_ratios
 from .transform import restore, transform
 
@@ -51,6 +52,7 @@ __all__ = [
     "lower",
     "ratios",
     "record",
+    "reset",
     "restore",
     "save",
     "set_ratios",

@@ -2,7 +2,7 @@
 
 A *bound call* is a dictionary from parameter name to value, whether the caller passed it by position or by name
 (surplus positional arguments of a ``*args`` parameter are named ``*0``, ``*1``, ...). A *leaf* is anything below it that
-is no tuple, list or dict; its *path* is the parameter's name followed by indices and keys.
+is no tuple, list, dict or dataclass; its *path* is the parameter's name followed by indices and keys.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ def unbind_arguments(names: tuple[str, ...], bound: dict[str, Any]) -> tuple[tup
 
 def iterate_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every leaf below ``value``, in order, with its path. ``None`` is a leaf; an empty container has none."""
-    if type(value) in (tuple, list):
+    if isinstance(value, tuple | list):
         for index, item in enumerate(value):
             yield from iterate_leaves(item, (*path, index))
-    elif type(value) is dict:
+    elif is_record(value):
+        for name in record_fields(value):
+            yield from iterate_leaves(getattr(value, name), (*path, name))
+    elif isinstance(value, dict):
         for key, item in value.items():
             yield from iterate_leaves(item, (*path, key))
     else:
@@ -65,23 +68,44 @@ def iterate_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()) -> Any:
     """``value`` with every leaf replaced by ``function(path, leaf)``; containers are made anew."""
-    if type(value) in (tuple, list):
-        return type(value)([map_leaves(function, item, (*path, index)) for index, item in enumerate(value)])
-    if type(value) is dict:
-        return {key: map_leaves(function, item, (*path, key)) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [map_leaves(function, item, (*path, index)) for index, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_record(value):
+        names = record_fields(value)
+        return type(value)(**{name: map_leaves(function, getattr(value, name), (*path, name)) for name in names})
+    if isinstance(value, dict):
+        return type(value)({key: map_leaves(function, item, (*path, key)) for key, item in value.items()})
     return function(path, value)
 
 
+def is_record(value: Any) -> bool:
+    """Whether a value is an instance of a dataclass, as model outputs are (those that are dictionaries too, among them)."""
+    return hasattr(type(value), "__dataclass_fields__")
+
+
+def record_fields(value: Any) -> tuple[str, ...]:
+    """Names of the fields that a dataclass is made from."""
+    return tuple(name for name, entry in type(value).__dataclass_fields__.items() if entry.init)
+
+
 def signature_of(bound: dict[str, Any]) -> Signature:
-    """What a routing plan is valid for: each leaf's path with a tensor's rank or the name of the leaf's type.
+    """What a routing plan is valid for: each leaf's path with a tensor's rank, a flag's, integer's or text's value, whether a float
+    is zero, or the name of the leaf's type.
 
     ``None`` counts as absent: a block may be called with an optional argument left out or given as ``None``.
     """
-    return tuple(
-        (path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf).__name__)
-        for path, leaf in iterate_leaves(bound)
-        if leaf is not None
-    )
+    return tuple((path, _kind_of(leaf)) for path, leaf in iterate_leaves(bound) if leaf is not None)
+
+
+def _kind_of(leaf: Any) -> int | str:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.ndim
+    if isinstance(leaf, bool | int | str):
+        return f"{type(leaf).__name__} {leaf!r}"
+    if isinstance(leaf, float):
+        return "float" if leaf else "float 0"
+    return type(leaf).__name__
 
 
 def leaf_name(path: Path) -> str:

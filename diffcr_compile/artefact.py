@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from .arguments import is_record, record_fields
 from .config import DiffCRConfig
 from .errors import AlreadyTransformedError, ArtefactError
-from .plan import ModelPlan, plan_from_dict
+from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE
 from .routed import STATE, ModelRouting, router_weight, routing_of, settle
 from .table import write_table
@@ -56,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "config": state.config.to_dict(),
         "fingerprint": fingerprint(model),
-        "plan": _encode(asdict(state.plan)),
+        "plan": _encode(plan_to_dict(state.plan)),
         "table": [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)],
         "trained": state.trained,
         "sha256": hashlib.sha256(tensors).hexdigest(),
@@ -189,6 +191,9 @@ def _check_tensors(source: Path, tensors: dict[str, Tensor], plan: ModelPlan) ->
 
 def _encode(value: Any) -> Any:
     """JSON form of a plan's dictionary; what JSON has no word for is tagged."""
+    if is_record(value):
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"record": [kind, [[name, _encode(getattr(value, name))] for name in record_fields(value)]]}
     if isinstance(value, dict):
         return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
     if isinstance(value, tuple):
@@ -208,6 +213,18 @@ def _decode(value: Any) -> Any:
     ((tag, content),) = value.items()
     if tag == "dict":
         return {_decode(key): _decode(item) for key, item in content}
+    if tag == "record":
+        kind, items = content
+        return _loaded_dataclass(kind)(**{name: _decode(item) for name, item in items})
     if tag in ("tuple", "frozenset"):
         return {"tuple": tuple, "frozenset": frozenset}[tag](_decode(item) for item in content)
     raise ValueError(f"unknown tag {tag!r}")
+
+
+def _loaded_dataclass(kind: str) -> Any:
+    """The dataclass ``module:name`` that a block returns; it must be there already, nothing is imported."""
+    module, _, name = kind.partition(":")
+    found = getattr(sys.modules.get(module), name, None)
+    if not isinstance(found, type) or not is_dataclass(found):
+        raise ValueError(f"a block returns the dataclass {kind}, which is not loaded")
+    return found

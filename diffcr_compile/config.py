@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
 Gate = Literal["exact", "sigmoid"]
-Skip = Literal["identity"]
-Context = Literal["kept"]
+Skip = Literal["identity", "reuse"]
+Context = Literal["kept", "all"]
+Selection = Literal["score", "turn", "score and turn"]
 Trainable = Literal["all", "routers"]
+Preset = Literal["default", "paper", "training-free"]
 Scope = Literal["auto", "full", "regional"]
 
 
@@ -60,8 +62,14 @@ class DiffCRConfig(_Options):
     """How blocks are found and routed.
 
     num_regions: timestep regions of equal width, >= 1 (4 in the paper's section 4 for 20 sampling steps).
-    skip: what a skipped token leaves a block with; ``"identity"``: what it came in with (the paper).
-    context: which tokens give keys and values; ``"kept"``: the kept ones (the paper).
+    skip: what a skipped token leaves a block with; ``"identity"``: what it came in with (the paper); ``"reuse"``: that plus the
+        block's update of it, extrapolated from the last ones (one tensor per routed block, and one more per ``extrapolation``).
+    context: which tokens give keys and values; ``"kept"``: the kept ones (the paper); ``"all"``: every token, so that a kept
+        token comes out as from the dense block, wherever the block's graph allows it (``explain`` says where not).
+    selection: which tokens are kept; ``"score"``: those with the highest router scores (the paper); ``"turn"``: those refreshed
+        longest ago, interleaved over the picture, without a router; ``"score and turn"``: score plus a point for every step of
+        age. The last two need ``skip="reuse"``; every token is then refreshed within a bounded number of steps.
+    extrapolation: with reuse, the degree in the timestep of the polynomial through a token's last updates: 0, 1 or 2.
     gate: how the router's score enters a kept token. ``"exact"``: value one, gradient of log-sigmoid. ``"sigmoid"``: the
         paper's, which multiplies the update and so changes a routed block's values from the start.
     min_flops_share: families of blocks with a smaller share of the model's FLOPs stay dense, in [0, 1].
@@ -73,6 +81,8 @@ class DiffCRConfig(_Options):
     num_regions: int = 4
     skip: Skip = "identity"
     context: Context = "kept"
+    selection: Selection = "score"
+    extrapolation: int = 1
     gate: Gate = "exact"
     min_flops_share: float = 0.02
     timestep_argument: str | None = None
@@ -83,6 +93,12 @@ class DiffCRConfig(_Options):
             raise ValueError(f"num_regions must be an integer >= 1, found {self.num_regions!r}")
         _check_choice("skip", self.skip, get_args(Skip))
         _check_choice("context", self.context, get_args(Context))
+        _check_choice("selection", self.selection, get_args(Selection))
+        _check_choice("extrapolation", self.extrapolation, (0, 1, 2))
+        if self.selection != "score" and self.skip != "reuse":
+            raise ValueError(
+                f"selection={self.selection!r} counts the steps since a token's last update: it needs skip='reuse'"
+            )
         _check_choice("gate", self.gate, get_args(Gate))
         _check_share("min_flops_share", self.min_flops_share)
         if self.timestep_range is not None:
@@ -91,12 +107,23 @@ class DiffCRConfig(_Options):
                 raise ValueError(f"timestep_range must be (lowest, highest), found {self.timestep_range!r}")
 
 
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"steps": 300, "warm_start": True},
+    "paper": {"steps": 100_000, "warm_start": False},
+    "training-free": {"steps": 0, "warm_start": True},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(_Options):
-    """How routers and ratios are learned.
+    """How routers and ratios are learned. What is not given has the preset's value.
 
+    preset: ``"default"``; ``"paper"``: the paper's steps, without a warm start of the routers (give ``calibrate`` the diffusion
+        loss, and ``transform`` ``gate="sigmoid"``, to follow it all the way); ``"training-free"``: no learning; how much each block
+        suffers from skipping in each region is measured on dense forwards, and the table that suffers least within the budget is
+        taken.
     trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper); ``"routers"``: weights frozen.
-    steps: optimiser steps, >= 1.
+    steps: optimiser steps, >= 1 (default 300).
     learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
     router_learning_rate: of the routers, likewise.
     ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
@@ -110,8 +137,9 @@ class CalibrationConfig(_Options):
     seed: seed of the order of the batches.
     """
 
+    preset: Preset = "default"
     trainable: Trainable = "all"
-    steps: int = 300
+    steps: int = None  # type: ignore[assignment]
     learning_rate: float = 1e-4
     router_learning_rate: float = 1e-3
     ratio_learning_rate: float = 2e-2
@@ -119,14 +147,21 @@ class CalibrationConfig(_Options):
     ramp: float = 0.6
     settle: float = 0.25
     max_grad_norm: float = 1.0
-    warm_start: bool = True
+    warm_start: bool = None  # type: ignore[assignment]
     tolerance: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_choice("preset", self.preset, get_args(Preset))
+        for name, value in _PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check_choice("trainable", self.trainable, get_args(Trainable))
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, found {self.steps!r}")
+        least = 0 if self.preset == "training-free" else 1
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < least:
+            raise ValueError(f"steps must be an integer >= {least}, found {self.steps!r}")
+        if least == 0 and self.steps:
+            raise ValueError(f"preset 'training-free' learns nothing: steps must be 0, found {self.steps!r}")
         for name in ("learning_rate", "router_learning_rate", "ratio_learning_rate", "max_grad_norm", "tolerance"):
             _check_positive(name, getattr(self, name))
         for name in ("ramp", "settle"):

@@ -13,8 +13,9 @@ from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .dry_run import dry_run, shadow
 from .errors import CaptureError
 from .flops import count_flops
+from .memory import allocate
 from .ratios import BIN, SCALE, capacity
-from .routed import BlockRouting, ModelRouting, forward_at, routing_of, settle
+from .routed import BlockRouting, ModelRouting, forward_at, prepare_context, routing_of, settle
 
 _SAMPLED_RATIOS = (250, 500, 750)
 """A block's FLOPs are a parabola in k (products with tokens, and of tokens with tokens): three points fix it."""
@@ -24,13 +25,15 @@ _SAMPLED_RATIOS = (250, 500, 750)
 class Cost:
     """FLOPs of one forward (a multiplication and an addition count as two).
 
-    dense_flops: of the model at ratio zero. routed_flops: of the table's row of each timestep region. share: the mean of
+    dense_flops: of the model at ratio zero. routed_flops: of the table's row of each timestep region. memory_bytes: what
+    ``skip="reuse"`` remembers of one trajectory (twice that with guidance in two calls); 0 without. share: the mean of
     routed_flops over the regions, as a share of dense_flops. The router's own products (N D a block) are not matrix products
     and are not counted, nor are gathers.
     """
 
     dense_flops: int
     routed_flops: tuple[int, ...]
+    memory_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -39,12 +42,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """FLOPs of one block: ``dense`` at k = N, ``skipped`` at ratio one, ``a + b k + c k^2`` between."""
+    """FLOPs of one block: ``dense`` at k = N, ``skipped`` at ratio one, ``a + b k + c k^2`` between. memory: bytes it remembers."""
 
     num_tokens: int
     dense: int
     skipped: int
     curve: tuple[float, float, float]
+    memory: int = 0
 
     def at(self, ratio: int) -> int:
         """FLOPs at a ratio in thousandths."""
@@ -107,7 +111,8 @@ def cost(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Cost
     state = settle(model, example_inputs)
     costs = measure_costs(model, example_inputs) if example_inputs is not None else cost_model(model)
     rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
-    return Cost(costs.dense_flops, tuple(costs.row_flops(row) for row in rows))
+    memory = sum(block.memory for block, routing in zip(costs.blocks, state.blocks, strict=True) if any(routing.ratios))
+    return Cost(costs.dense_flops, tuple(costs.row_flops(row) for row in rows), memory)
 
 
 def cost_model(model: nn.Module) -> CostModel:
@@ -170,6 +175,8 @@ def _measure_block(block: BlockRouting, module: nn.Module, calls: list[tuple[Any
     def flops(ratio: int) -> int:
         with count_flops() as counter:
             for args, kwargs in calls:
+                if ratio:
+                    prepare_context(module, block, args, kwargs)
                 forward_at(module, ratio, args, kwargs)
         return counter.get_total_flops()
 
@@ -177,7 +184,18 @@ def _measure_block(block: BlockRouting, module: nn.Module, calls: list[tuple[Any
     powers = torch.tensor([[1.0, k, k * k] for k in ks], dtype=torch.float64)
     found = torch.tensor([float(flops(ratio)) for ratio in _SAMPLED_RATIOS], dtype=torch.float64)
     a, b, c = torch.linalg.lstsq(powers, found.unsqueeze(1)).solution.flatten().tolist()
-    return BlockCost(num_tokens, flops(0), flops(SCALE), (a, b, c))
+    return BlockCost(num_tokens, flops(0), flops(SCALE), (a, b, c), _memory(block, calls[0]))
+
+
+def _memory(block: BlockRouting, call: tuple[Any, Any]) -> int:
+    config = block.model.config
+    if config.skip != "reuse":
+        return 0
+    bound = bind_arguments(block.positional, *call)
+    values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+    program = block.program(bound)
+    now = torch.zeros(1, device=values[program.plan.stream].device)
+    return allocate(program.plan, values, config.extrapolation, now, now).nbytes
 
 
 def _num_tokens(block: BlockRouting, call: tuple[Any, Any]) -> int:

@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .arguments import bind_arguments, positional_names
+from .arguments import bind_arguments, iterate_leaves, positional_names
 from .config import Scope
 from .errors import LoweringError
-from .region import pin_region, resolve_regions
-from .routed import STATE, BlockRouting, ModelRouting, forward_at, settle
+from .region import follow_trajectory, pin_region, resolve_regions
+from .routed import STATE, BlockRouting, ModelRouting, Recalled, forward_at, settle
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -92,11 +92,14 @@ class Lowered:
         for block in state.blocks:
             block.compiled = None
 
-    def run_block(self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_block(
+        self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
+    ) -> Any:
         """One block, by the graph of its family at this ratio."""
         routing: BlockRouting = module.__dict__[STATE]
-        key = (tuple(id(program) for program in routing.programs.values()), ratio)
-        return self._graph(key, _block_body)(module, ratio, args, kwargs)
+        programs = tuple(id(program) for program in routing.programs.values())
+        key = (programs, ratio, id(routing.context), recalled is None, recalled is not None and recalled[1])
+        return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled)
 
     def run_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The whole model, by the graph of the row for this timestep; a batch in several regions runs eagerly around them."""
@@ -109,8 +112,19 @@ class Lowered:
         if len(set(regions)) > 1:
             return model._call_impl(*args, **kwargs)
         row = tuple(block.ratios[regions[0]] for block in state.blocks)
+        key: Any = row
+        follow_trajectory(model, state, bound)
+        trajectory = state.current.trajectory
+        if trajectory is not None:
+            shapes = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(bound) if isinstance(leaf, torch.Tensor))
+            recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
+            if recalled is None:
+                with pin_region(state, regions[0], row):  # the memory is made, and the first step is dense
+                    return model._call_impl(*args, **kwargs)
+            state.current.recalled = recalled
+            key = (row, trajectory.first)
         with pin_region(state, regions[0], row):
-            output = self._graph(row, _model_body)(model, args, kwargs)
+            output = self._graph(key, _model_body)(model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 
     def _graph(self, key: Any, body: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,8 +134,10 @@ class Lowered:
         return graph
 
 
-def _block_body(module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return forward_at(module, ratio, args, kwargs)
+def _block_body(
+    module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
+) -> Any:
+    return forward_at(module, ratio, args, kwargs, recalled)
 
 
 def _model_body(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

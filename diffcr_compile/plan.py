@@ -5,10 +5,11 @@ Axes are written as text: ``B`` batch, ``N`` the routed tokens, ``t0``, ``t1``, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .arguments import Path, Signature
+from .config import Context
 
 Lift = Literal["direct", "inserted axis", "vmap", "loop"]
 """How a block is called when each sample keeps other tokens; the last three where a side input has no batch axis."""
@@ -63,7 +64,8 @@ class BlockPlan:
     """How the blocks of one family are routed at one call signature.
 
     arguments: the bound call, and outputs_template: the block's return value, each with tensors replaced by their index.
-    stream: index of the leaf that holds the routed tokens. in_place: the block writes into them.
+    stream: index of the leaf that holds the routed tokens. in_place: the block writes into them. context: which tokens give keys
+    and values; ``context_note``: why not all, where all were asked for.
     """
 
     kind: str
@@ -81,6 +83,8 @@ class BlockPlan:
     lift: Lift
     error: float
     in_place: bool = False
+    context: Context = "kept"
+    context_note: str = ""
 
     @property
     def can_skip_block(self) -> bool:
@@ -150,8 +154,16 @@ class ModelPlan:
         return self
 
 
+def plan_to_dict(plan: ModelPlan) -> dict[str, Any]:
+    """Dictionary form of a plan; what a block returns is left as it is, dataclasses and all."""
+    data = asdict(plan)
+    for family, known in zip(data["families"], plan.families, strict=True):
+        family["output_template"] = known.output_template
+    return data
+
+
 def plan_from_dict(data: dict[str, Any]) -> ModelPlan:
-    """Inverse of ``dataclasses.asdict``. Raises KeyError, TypeError or ValueError for what no plan looks like."""
+    """Inverse of :func:`plan_to_dict`. Raises KeyError, TypeError or ValueError for what no plan looks like."""
     families = tuple(
         BlockPlan(
             **{

@@ -83,13 +83,13 @@ def gate_exact(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch
     if not torch.is_grad_enabled():
         return update
     log_gate = torch.nn.functional.logsigmoid(scores)
-    slope = _along(log_gate - log_gate.detach(), x, token_axis, batch_axis)
+    slope = lay_along(log_gate - log_gate.detach(), x, token_axis, batch_axis)
     return update + slope.to(update.dtype) * (update - x)
 
 
 def gate_sigmoid(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch_axis: int) -> Tensor:
     """The paper's gate: the block's change of a kept token is multiplied by the sigmoid of its score."""
-    gate = _along(scores.sigmoid(), x, token_axis, batch_axis)
+    gate = lay_along(scores.sigmoid(), x, token_axis, batch_axis)
     return x + gate.to(update.dtype) * (update - x)
 
 
@@ -148,22 +148,28 @@ def call_in_loop(
     return tuple(torch.cat(column, dim=axis) for column, axis in zip(zip(*columns, strict=True), out_axes, strict=True))
 
 
-def _flat_rows(indices: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> tuple[Tensor, tuple[int, int]]:
-    """Where the tokens ``indices`` (B, K) lie once batch and token axis, in the order they have in ``x``, are made one.
+def flat_rows(indices: Tensor, batch: int, num_tokens: int, *, batch_first: bool) -> Tensor:
+    """Where the tokens ``indices`` (B, K) lie once batch and token axis are made one: int64, (B, K), or (K, B) with tokens first.
 
-    Whole rows at flat places are copied six times as fast as single numbers are gathered (two CPU cores, width 384). Returns
-    int64 places laid out in that order, and the two axes.
+    batch: size of the batch axis; 1 where it is shared by all samples.
     """
-    batch, num_tokens = x.shape[batch_axis], x.shape[token_axis]
     samples = torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
     if batch == 1:
         samples = torch.zeros_like(samples)
-    if batch_axis < token_axis:
-        return samples * num_tokens + indices, (batch_axis, token_axis)
-    return (indices * batch + samples).T, (token_axis, batch_axis)
+    return samples * num_tokens + indices if batch_first else (indices * batch + samples).T
 
 
-def _along(values: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> Tensor:
+def _flat_rows(indices: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> tuple[Tensor, tuple[int, int]]:
+    """Places of tokens in ``x`` with its batch and token axis made one, and those axes in order.
+
+    Whole rows at flat places are copied six times as fast as single numbers are gathered (two CPU cores, width 384).
+    """
+    batch_first = batch_axis < token_axis
+    rows = flat_rows(indices, x.shape[batch_axis], x.shape[token_axis], batch_first=batch_first)
+    return rows, (batch_axis, token_axis) if batch_first else (token_axis, batch_axis)
+
+
+def lay_along(values: Tensor, x: Tensor, token_axis: int, batch_axis: int) -> Tensor:
     """``values`` (B, K) laid along the batch and token axes of ``x``, with size one elsewhere."""
     if token_axis < batch_axis:
         values = values.transpose(0, 1)

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_arguments
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
-from .routed import ModelRouting, routing_of
+from .routed import ModelRouting, routing_of, settle
+from .trajectory import Trajectory
 
 _SLACK = 1e-3
 """Share of the timestep range by which rounding may carry a value past its ends."""
@@ -67,7 +68,39 @@ def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]
     timestep = state.plan.timestep
     if timestep is None or not (state.learning or state.varies_by_region):
         return [0]
-    return region_of(_timestep_value(bound, timestep, model), timestep, state.num_regions)
+    return region_of(timestep_value(bound, timestep, model), timestep, state.num_regions)
+
+
+def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> None:
+    """With reuse, and where anything is skipped: this forward continues this thread's trajectory, or begins a new one.
+
+    Not while learning, which has no trajectory: skipped tokens bypass their block then. One read of the timestep by the host.
+    """
+    if state.config.skip != "reuse" or state.plan is None or state.plan.timestep is None:
+        return
+    current, timestep = state.current, state.plan.timestep
+    if state.learning or state.dense or not any(any(block.ratios) for block in state.blocks):
+        current.trajectory = None
+        return
+    if torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "skip='reuse' follows the timesteps of a trajectory outside the graph: compile the model by diffcr_compile.lower, not "
+            "by torch.compile or torch.export."
+        )
+    if current.trajectory is None:
+        current.trajectory = Trajectory()
+    latents = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
+    grid = tuple(latents[0].shape[2:]) if latents and latents[0].dtype.is_floating_point else ()
+    current.trajectory.advance(timestep_value(bound, timestep, model), grid)
+
+
+def reset(model: nn.Module) -> None:
+    """With ``skip="reuse"``: the next forward of this thread begins a new trajectory, and its first step is dense; what was
+    remembered is freed. Trajectories are noticed by themselves: needed only to free memory, or where one begins at the timestep
+    that another ended with. Raises NotTransformedError, CaptureError."""
+    current = settle(model).current
+    current.trajectory = None
+    current.recalled.clear()
 
 
 @contextlib.contextmanager
@@ -91,13 +124,22 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         _settle_now(model, state, args, kwargs)
     if not torch.compiler.is_compiling():
         state.sync_with_masters()
-    if state.current.pinned or not (state.learning or state.varies_by_region):
+    if state.current.pinned:
         return None
-    regions = resolve_regions(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
+    bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
+    follow_trajectory(model, state, bound)
+    if not (state.learning or state.varies_by_region):
+        return None
+    regions = resolve_regions(model, state, bound)
     state.current.split = None
     state.current.region = state.last_region = regions[0]
     if len(set(regions)) == 1:
         return None
+    if state.current.trajectory is not None:
+        raise UnsupportedError(
+            f"the samples of this batch lie in timestep regions {sorted(set(regions))}, and with skip='reuse' a batch takes its "
+            "steps together. Call the model with samples of one region at a time, or use a table with equal rows."
+        )
     groups = {
         region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
     }
@@ -138,7 +180,8 @@ def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kw
     state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
 
 
-def _timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Module) -> Tensor | float:
+def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Module) -> Tensor | float:
+    """The timestep that a bound call of the root gives. Raises UnsupportedError where there is none."""
     value = bound.get(timestep.argument)
     if not isinstance(value, Tensor | int | float):
         raise UnsupportedError(

@@ -18,13 +18,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from . import primitives
 from .arguments import Signature, bind_arguments, iterate_leaves, map_leaves, signature_of
 from .config import DiffCRConfig
+from .context import ContextGraph, ContextKey, context_key
 from .errors import CaptureError, NotTransformedError, UnsupportedError
+from .memory import Memory, blank, remember_all, resume_tokens
 from .plan import BlockPlan, ModelPlan
 from .ratios import BIN, SCALE, capacity, nearest_bin, neighbour_bins
 from .router import Router
+from .trajectory import Trajectory
 
 STATE = "_diffcr"
 """Attribute under which a routed block, and the root of a routed model, hold their state."""
@@ -33,15 +35,24 @@ ROUTER = "diffcr_router"
 """Name of the submodule that a routed block gains."""
 
 
+Recalled = tuple[Memory, bool]
+"""A block's memory in this forward, and whether it is empty: then the block runs dense, and fills it."""
+
+
 class Current(threading.local):
     """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
     ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
-    several regions."""
+    several regions; ``trajectory``, with reuse; ``recalled``: what each block remembers in this forward, where it runs in one graph
+    of the whole model."""
 
     region: int | None = None
     pinned: bool = False
     row: tuple[int, ...] | None = None
     split: Any = None
+    trajectory: Trajectory | None = None
+
+    def __init__(self) -> None:
+        self.recalled: dict[int, Recalled] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
         return Current()
@@ -52,37 +63,61 @@ class Current(threading.local):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The routed program of one family at one call signature: its plan and its FX graph (shared, never copied)."""
+    """The routed program of one family at one call signature: its plan and its FX graph (shared, never copied).
+
+    contexts: with full context, the rewritten graph of the block itself for each state its modules have been met in.
+    """
 
     plan: BlockPlan
     graph: fx.GraphModule
+    contexts: dict[ContextKey, ContextGraph] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
 
-    def __call__(self, block: Callable[..., Any], weight: Tensor, k: int, values: Sequence[Any]) -> Any:
-        """The block's output with ``k`` tokens kept; ``values`` are the call's leaves in the order of the plan."""
-        return self.graph.forward(block, weight, k, *values)
+    def __call__(
+        self, block: Callable[..., Any], weight: Tensor, k: int, values: Sequence[Any], memory: Memory | None = None
+    ) -> tuple[Any, Tensor]:
+        """The block's output with ``k`` tokens kept, and their positions (B, K); ``values`` are the call's leaves in the order of
+        the plan, ``memory`` is brought up to date."""
+        given = () if memory is None else (memory,)
+        outputs, kept = self.graph.forward(block, weight, k, *given, *values)
+        return map_leaves(lambda _, index: None if index is None else outputs[index], self.plan.output_template), kept
 
-    def skip(self, values: Sequence[Any]) -> Any:
-        """The output of a block that is skipped whole: what came in."""
+    def skip(self, values: Sequence[Any], memory: Memory | None = None) -> Any:
+        """The output of a block that is skipped whole: what came in, and what the memory foretells of the block's update."""
 
         def fallback(_: Any, index: int | None) -> Tensor | None:
             if index is None:
                 return None
             output = self.plan.outputs[index]
-            if output.source is not None:
-                return values[output.source]
-            tokens = values[self.plan.stream]
-            return tokens.new_zeros(*tokens.shape[:-1], int(output.dims[-1]))
+            before = self.before(index, values)
+            if memory is None or not output.routed:
+                return before
+            routed = sum(other.routed for other in self.plan.outputs[:index])
+            return resume_tokens(before, memory, routed, output.dims.index("N"), output.batch_axis)
 
         return map_leaves(fallback, self.plan.output_template)
+
+    def before(self, index: int, values: Sequence[Any]) -> Tensor:
+        """What output ``index`` falls back on: the input that it is joined to, or zeros."""
+        output, tokens = self.plan.outputs[index], values[self.plan.stream]
+        if output.source is not None:
+            return values[output.source]
+        return tokens.new_zeros(*tokens.shape[:-1], int(output.dims[-1]))
 
     def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
         """The leaves of a bound call, after a check that the lengths which follow the tokens do so here."""
         values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
         num_tokens = values[self.plan.stream].shape[self.plan.token_axis]
         for leaf, value in zip(self.plan.leaves, values, strict=True):
+            for place, size in enumerate(leaf.dims):
+                if size == "1" and value.shape[place] != 1:
+                    raise UnsupportedError(
+                        f"{fqn}: input {leaf.name!r} has shape {tuple(value.shape)}, where axis {place} was of size one when the "
+                        "model was analysed: whether it follows the tokens is unknown. Transform it again with example_inputs of "
+                        "this kind."
+                    )
             for axis in leaf.token_axes:
                 others = sum(values[index].shape[size] for index, size in (*axis.before, *axis.after))
                 if value.shape[axis.axis] != num_tokens + others:
@@ -119,7 +154,8 @@ class ModelRouting(_Whole):
     table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
     integers were last taken from it. learning: two-bin forwards; dense: every block as it was. trained: the routers have
     been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with. costs: the
-    cost model on the inputs last measured. observers: called with each block's name and kept tokens (B, K).
+    cost model on the inputs last measured. rebuild: rewrites a block's graph for full context where its modules have changed.
+    observers: called with each block's name and kept tokens (B, K).
     """
 
     config: DiffCRConfig
@@ -136,6 +172,7 @@ class ModelRouting(_Whole):
     warned: bool = False
     lowered: Any = None
     example_inputs: dict[str, Any] = field(default_factory=dict)
+    rebuild: Callable[..., ContextGraph] | None = None
     costs: Any = None
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
 
@@ -178,6 +215,7 @@ class BlockRouting(_Whole):
     model: ModelRouting
     ratios: tuple[int, ...]
     compiled: Callable[..., Any] | None = None
+    context: ContextGraph | None = None
 
     def ratio(self) -> int:
         """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
@@ -243,19 +281,61 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
             return base(self, *args, **kwargs)
         if routing.model.learning:
             return _learning_forward(self, routing, args, kwargs)
-        if routing.compiled is not None and not torch.compiler.is_compiling():
-            return routing.compiled(self, routing.ratio(), args, kwargs)
-        return forward_at(self, routing.ratio(), args, kwargs)
+        if torch.compiler.is_compiling():
+            return forward_at(self, routing.ratio(), args, kwargs, routing.model.current.recalled.get(routing.index))
+        ratio, recalled = prepare(self, routing, args, kwargs)
+        if routing.compiled is not None and not routing.model.observers:
+            return routing.compiled(self, ratio, args, kwargs, recalled)
+        return forward_at(self, ratio, args, kwargs, recalled)
 
     # Pickling a bound method stores its name alone; under the name "forward" it would come back as the dense forward.
     forward.__name__ = "diffcr_routed_forward"
     return forward
 
 
-def forward_at(module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def prepare(
+    module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, Recalled | None]:
+    """What a forward of this block needs that no compiled graph can make: its ratio, its memory, its rewritten graph."""
+    ratio, state = routing.ratio(), routing.model
+    trajectory = state.current.trajectory
+    remembers = trajectory is not None and any(routing.ratios)
+    if not remembers and (ratio == 0 or state.config.context == "kept"):
+        return ratio, None
+    bound = bind_arguments(routing.positional, args, kwargs)
+    program = routing.program(bound)
+    values = program.values(bound, routing.fqn)
+    if ratio:
+        _write_context(module, routing, program, bound)
+    if trajectory is None or not remembers:
+        return ratio, None
+    return ratio, trajectory.recall(routing.index, program.plan, values, state.config.extrapolation)
+
+
+def prepare_context(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """With full context: have the block's graph rewritten as its modules now are."""
+    if routing.model.config.context == "all":
+        bound = bind_arguments(routing.positional, args, kwargs)
+        _write_context(module, routing, routing.program(bound), bound)
+
+
+def _write_context(module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any]) -> None:
+    if program.plan.context == "kept":
+        return
+    key = context_key(module)
+    if key not in program.contexts:
+        assert routing.model.rebuild is not None
+        program.contexts[key] = routing.model.rebuild(module, routing.fqn, program.plan, bound)
+    routing.context = program.contexts[key]
+
+
+def forward_at(
+    module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None = None
+) -> Any:
     """The block ``module`` at a ratio in thousandths: the original call at zero, else its program."""
     routing: BlockRouting = module.__dict__[STATE]
-    if ratio == 0 and not routing.model.observers:
+    memory, empty = recalled or (None, False)
+    if ratio == 0 and memory is None and not routing.model.observers:
         return routing.base(module, *args, **kwargs)
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
@@ -265,13 +345,56 @@ def forward_at(module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dic
     k = capacity(num_tokens, ratio)
     if k == 0 and not plan.can_skip_block:
         k = 1
+    if k == num_tokens or empty:
+        k, kept = num_tokens, None
+        output = _run_dense(module, routing, program, values, args, kwargs, recalled)
+    elif k == 0:
+        output, kept = program.skip(values, memory), None
+    else:
+        block = _block(module, routing, plan)
+        if memory is None and routing.model.config.skip == "reuse":
+            memory = blank(plan, values)
+        output, kept = program(block, router_weight(module), k, values, memory)
     if routing.model.observers:
-        _observe(routing, program, module, values, k)
-    if k == num_tokens:
+        _observe(routing, plan, values, kept, k)
+    return output
+
+
+def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan) -> Callable[..., Any]:
+    """What a program calls: the block's own forward, or with full context its rewritten graph."""
+    if plan.context == "kept":
+        return functools.partial(routing.base, module)
+    if routing.context is None:
+        raise CaptureError(
+            f"{routing.fqn}: the graph for full context is written at the first eager forward, and there was none since the model "
+            "was loaded. Run it once before it is compiled or exported."
+        )
+    return routing.context.bind(module)
+
+
+def _run_dense(
+    module: nn.Module,
+    routing: BlockRouting,
+    program: Program,
+    values: list[Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recalled: Recalled | None,
+) -> Any:
+    """The original call on the original tensors; where there is a memory, every token's update is remembered."""
+    if recalled is None:
         return routing.base(module, *args, **kwargs)
-    if k == 0:
-        return program.skip(values)
-    return program(functools.partial(routing.base, module), router_weight(module), k, values)
+    plan, (memory, empty) = program.plan, recalled
+    routed = [index for index, output in enumerate(plan.outputs) if output.routed]
+    before = [program.before(index, values) for index in routed]
+    if plan.in_place:
+        before = [tensor.clone() for tensor in before]
+    output = routing.base(module, *args, **kwargs)
+    tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+    updates = [tensors[index] - start for index, start in zip(routed, before, strict=True)]
+    axes = [(plan.outputs[index].dims.index("N"), plan.outputs[index].batch_axis) for index in routed]
+    remember_all(memory, updates, axes, first=empty)
+    return output
 
 
 def router_weight(module: nn.Module) -> Tensor:
@@ -307,23 +430,18 @@ def _mix(lower: Any, upper: Any, weight: Tensor) -> Any:
     return map_leaves(one, lower)
 
 
-def _observe(routing: BlockRouting, program: Program, module: nn.Module, values: list[Any], k: int) -> None:
-    """Tell the observers of this model which tokens the call keeps: int64 (B, K)."""
-    plan = program.plan
+def _observe(routing: BlockRouting, plan: BlockPlan, values: list[Any], kept: Tensor | None, k: int) -> None:
+    """Tell the observers of this model which tokens the call keeps: int64 (B, K); ``kept`` is None where all or none are."""
     tokens = values[plan.stream]
-    batch, num_tokens = tokens.shape[plan.batch_axis], tokens.shape[plan.token_axis]
-    if 0 < k < num_tokens:
-        scores = primitives.score_tokens(tokens, router_weight(module), plan.token_axis, plan.batch_axis)
-        kept = primitives.select_tokens(scores, k)
-    else:
-        kept = torch.arange(k, device=tokens.device).expand(batch, k)
+    if kept is None:
+        kept = torch.arange(k, device=tokens.device).expand(tokens.shape[plan.batch_axis], k)
     for observer in routing.model.observers:
         observer(routing.fqn, kept)
 
 
 def bind(module: nn.Module, routing: BlockRouting, router: Router) -> None:
     """Make ``module`` a routed block: its router, its state, its forward on the instance."""
-    module.add_module(ROUTER, router)
+    module.add_module(ROUTER, router.train(module.training))
     module.__dict__[STATE] = routing
     module.forward = types.MethodType(routed_forward(routing.base), module)  # type: ignore[method-assign]
 

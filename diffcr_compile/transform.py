@@ -87,7 +87,7 @@ class _Search:
         owed, state.deferred = state.deferred, None
         try:
             analysis = run_passes(PASSES, ModelAnalysis(model, state.config, inputs, self.filter_fn))
-            route_blocks(model, plan_model(analysis), state)
+            route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
             state.example_inputs = describe_inputs(inputs)
         except Exception:
             if owed is not None:

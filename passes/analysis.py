@@ -17,6 +17,7 @@ from torch import nn
 
 from ..arguments import Path
 from ..config import DiffCRConfig
+from ..context import ContextGraph
 from ..plan import BlockPlan, Refusal, Site, TimestepPlan
 
 log = logging.getLogger("diffcr_compile")
@@ -26,13 +27,21 @@ class Refused(Exception):
     """Raised by a pass on a block: it stays dense, for the reason given. Kept as data, never shown to a user as an error."""
 
 
-@dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as it was seen in a call. ``value``: its values, kept for integers and booleans where they are known."""
+    """A tensor as it was seen in a call: a leaf, and so no dataclass. ``value``: its values, kept for integers and booleans where
+    they are known."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    value: torch.Tensor | None = None
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, value: torch.Tensor | None = None) -> None:
+        self.shape, self.dtype, self.value = shape, dtype, value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorInfo) and (self.shape, self.dtype) == (other.shape, other.dtype)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.dtype))
+
+    def __repr__(self) -> str:
+        return f"{self.dtype} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class ModelAnalysis:
     input_batch_axes: dict[Path, int] = field(default_factory=dict)
     output_batch_axes: tuple[int, ...] = ()
     families: tuple[BlockPlan, ...] = ()
+    context_graphs: tuple[ContextGraph | None, ...] = ()
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 

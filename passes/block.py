@@ -8,9 +8,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from ..arguments import Path, iterate_leaves, map_leaves, positional_names, signature_of
 from ..config import DiffCRConfig
+from ..context import ContextGraph
 from ..plan import BlockPlan, LeafPlan, Lift, OutputPlan
 from .analysis import Call, TensorInfo
 
@@ -23,7 +25,8 @@ class BlockAnalysis:
     """A candidate block.
 
     leaves: the leaves of its call that are not None, in order; leaf_dims and output_dims: shapes of the tensor ones and of
-    the tensor outputs; graph_inputs: the graph's placeholder of each tensor leaf. token and batch: the symbols of the routed
+    the tensor outputs; graph_inputs: the graph's placeholder of each tensor leaf; program: what the graph was
+    taken from. token and batch: the symbols of the routed
     tokens' length and of the batch size. is_branch: its caller adds what it returns, as proved in the caller's graph.
     """
 
@@ -44,6 +47,8 @@ class BlockAnalysis:
     outputs: tuple[OutputPlan, ...] = ()
     is_branch: bool = False
     plan: BlockPlan | None = None
+    program: ExportedProgram | None = None
+    context_graph: ContextGraph | None = None
 
     @property
     def kind(self) -> str:

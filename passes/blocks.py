@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ..arguments import iterate_leaves, map_leaves
+from ..context import ContextGraph
 from ..plan import BlockPlan, Refusal, Site
 from .analysis import Call, ModelAnalysis, Refused, TensorInfo, log, run_passes
 from .attention import find_attention
 from .block import BlockAnalysis
 from .branches import prove_added
+from .context import prove_context
 from .export import export_block
 from .tokens import find_stream, plan_leaves
 from .verify import prove_block
 
-BLOCK_PASSES = (export_block, find_attention, find_stream, plan_leaves, prove_block)
+BLOCK_PASSES = (export_block, find_attention, find_stream, plan_leaves, prove_block, prove_context)
 
 _CONTAINER_SHARE = 0.9
 """A module whose repeated parts hold this share of its parameters is a stack of blocks, not a block."""
@@ -36,7 +40,13 @@ def find_blocks(analysis: ModelAnalysis) -> ModelAnalysis:
     search.visit_branches()
     order = {fqn: min(call.in_order for call in calls) for fqn, calls in analysis.calls.items()}
     sites = sorted(search.sites, key=lambda site: order[site.fqn])
-    return replace(analysis, families=tuple(search.families), sites=tuple(sites), refusals=tuple(search.refusals()))
+    return replace(
+        analysis,
+        families=tuple(search.families),
+        context_graphs=tuple(search.context_graphs),
+        sites=tuple(sites),
+        refusals=tuple(search.refusals()),
+    )
 
 
 class _Search:
@@ -45,9 +55,11 @@ class _Search:
     def __init__(self, analysis: ModelAnalysis) -> None:
         self.analysis = analysis
         self.families: list[BlockPlan] = []
+        self.context_graphs: list[ContextGraph | None] = []
         self.sites: list[Site] = []
         self._modules = dict(analysis.model.named_modules())
         self._verdicts: dict[Any, int | str] = {}
+        self._proved: dict[Any, tuple[int, BlockAnalysis]] = {}
         self._graphs: dict[Any, Any] = {}
         self._refused: dict[tuple[str, str], list[str]] = {}
         self._counts: dict[type, int] = {}
@@ -120,6 +132,17 @@ class _Search:
 
     def _analyse(self, module: nn.Module, fqn: str, call: Call, caller: str | None) -> int | str:
         """Index of the new family, or the reason why there is none. ``caller``: who must add it, for a branch."""
+        alike = (
+            _family_key(module, call, positions=False),
+            None if caller is None else self._key_in_caller(fqn, caller),
+        )
+        if alike in self._proved:
+            family, proved = self._proved[alike]
+            try:
+                prove_block(replace(proved, module=module, fqn=fqn))
+                return family
+            except Refused:
+                log.info("%s is not like its neighbours, though only its place in the stack differs", fqn)
         block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None)
         try:
             if caller is not None:
@@ -130,6 +153,8 @@ class _Search:
             return str(refused)
         assert block.plan is not None
         self.families.append(block.plan)
+        self.context_graphs.append(block.context_graph)
+        self._proved.setdefault(alike, (len(self.families) - 1, block))
         return len(self.families) - 1
 
     def _caller(self, fqn: str) -> str:
@@ -179,27 +204,56 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _family_key(module: nn.Module, call: Call) -> Any:
-    """What two blocks must share for one proof to serve both: class, parameters, settings, and the kind of call."""
+def _family_key(module: nn.Module, call: Call, *, positions: bool = True) -> Any:
+    """What two blocks must share for one proof to serve both: class, parameters, settings, and the kind of call. Without their
+    ``positions`` (the number of a layer): for one export to serve both."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-    settings = tuple((name, type(part).__name__, _settings(part)) for name, part in module.named_modules())
+    settings = tuple((name, type(part).__name__, _settings(part, positions)) for name, part in module.named_modules())
+    buffers = tuple((name, _fingerprint(buffer)) for name, buffer in module.named_buffers())
     leaves = map_leaves(lambda _, leaf: len(leaf.shape) if isinstance(leaf, TensorInfo) else repr(leaf), call.arguments)
-    return type(module), shapes, settings, repr(leaves)
+    return type(module), shapes, settings, buffers, repr(leaves)
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """Plain attributes that may change what a module does; its own position in a stack is none of them."""
+_INNER = {"training", "forward", *vars(nn.Module())}
+"""Attributes that every module has."""
+
+
+def _settings(module: nn.Module, positions: bool) -> tuple[tuple[str, object], ...]:
+    """Every attribute of a module's own that may change what it does."""
     return tuple(
-        (name, value)
+        (name, _setting(value))
         for name, value in sorted(vars(module).items())
-        if isinstance(value, bool | str | float | int)
-        and not name.startswith("_")
-        and name != "training"
-        and not _is_position(name)
+        if name not in _INNER and (positions or type(value) is not int)
     )
 
 
-def _is_position(name: str) -> bool:
-    return any(
-        part in name for part in ("layer_idx", "layer_id", "layer_index", "block_idx", "block_id", "block_index")
-    )
+def _setting(value: Any, depth: int = 3) -> object:
+    """What an attribute says, comparable between the layers of a model: an object's own attributes count, not which it is."""
+    if value is None or isinstance(value, bool | str | int | float | torch.dtype | torch.device):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return _fingerprint(value)
+    if isinstance(value, nn.Module):
+        return type(value)
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return id(value)
+    if depth == 0:
+        return type(value)
+    if isinstance(value, dict):
+        return tuple((repr(key), _setting(item, depth - 1)) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value), tuple(_setting(item, depth - 1) for item in value)
+    own = sorted(getattr(value, "__dict__", {}).items())
+    return type(value), tuple((name, _setting(item, depth - 1)) for name, item in own)
+
+
+_HASHED = 1 << 16
+"""Tensors of at most this many values are compared by all of them, larger ones by shape and sum."""
+
+
+def _fingerprint(tensor: Tensor) -> object:
+    kind = tuple(tensor.shape), tensor.dtype
+    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_complex():
+        return kind
+    values = tensor.detach().flatten()
+    return kind, tuple(values.tolist()) if values.numel() <= _HASHED else float(values.double().sum())

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import fx
+from torch import Tensor, fx
 
 from .analysis import Refused
+from .block import to_expression
 from .residual import is_move, operator_name
 
 _GATES = {"mul", "mul_", "div", "dropout"}
 """Operators that a zero passes through."""
+_REORDERS = {"cat", "concat", "stack", "permute", "transpose", "swapaxes", "movedim", "t"}
+"""Moves that may leave the shape as it is, and the tokens elsewhere."""
 
 
 def prove_added(graph: fx.Graph, branch: str) -> None:
@@ -34,14 +37,28 @@ def prove_added(graph: fx.Graph, branch: str) -> None:
 def _ends_in_sum(value: fx.Node, user: fx.Node, carried: set[fx.Node]) -> bool:
     """Whether ``value`` goes from ``user`` on into sums with what the branch was given, whatever way it takes."""
     name = operator_name(user.target) if user.op == "call_function" else ""
+    if name in ("add", "add_", "iadd", "addcmul") and not _keeps_places(value, user):
+        return False
     if name in ("add", "add_", "iadd"):
         others = [operand for operand in user.args[:2] if operand is not value]
         return len(others) == 1 and others[0] in carried
     if name == "addcmul":
         return user.args[0] in carried and user.args[0] is not value
-    if name in _GATES or is_move(name):
+    if (name in _GATES or is_move(name)) and _keeps_places(value, user):
         return bool(user.users) and all(_ends_in_sum(user, following, carried) for following in user.users)
     return False
+
+
+def _keeps_places(value: fx.Node, user: fx.Node) -> bool:
+    """Whether a value's tokens are where they were: its shape is the same, or one of several outputs is taken."""
+    before, after = value.meta.get("val"), user.meta.get("val")
+    if isinstance(before, list | tuple):
+        return operator_name(user.target) == "getitem"
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or operator_name(user.target) in _REORDERS:
+        return False
+    return len(before.shape) == len(after.shape) and all(
+        to_expression(a) == to_expression(b) for a, b in zip(before.shape, after.shape, strict=True)
+    )
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -29,6 +29,12 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
     A batch of one is doubled first: it would bake a size of one into every graph and hide the batch axis.
     Raises CaptureError where the model refuses its inputs.
     """
+    for path, leaf in iterate_leaves(analysis.inputs):
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise CaptureError(
+                f"input {'.'.join(map(str, path))!r} is a nested tensor, whose samples have different numbers of tokens; routing "
+                "keeps the same number of each. Pad them and pass a mask."
+            )
     inputs = _double_single_batch(analysis.inputs)
     errors = []
     for fake in (True, False):

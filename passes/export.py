@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..arguments import map_leaves, positional_names, unbind_arguments
+from ..routed import STATE
 from .analysis import Refused, TensorInfo
 from .block import BlockAnalysis
 
@@ -49,18 +51,22 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
     infos = [leaf for _, leaf in block.call_leaves if isinstance(leaf, TensorInfo)]
     tensors = tuple(_example(info, device) for info in infos)
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
-    flat = _FlatCall(copy.deepcopy(block.module, memo).eval(), block.call.arguments)
+    duplicate = copy.deepcopy(block.module, memo).eval()
+    vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
+    flat = _FlatCall(duplicate, block.call.arguments)
     try:
         with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
             program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:  # torch.export raises whatever the block's code does
-        first_line = str(error).strip().splitlines()[:1]
-        raise Refused(f"torch.export can't trace it ({type(error).__name__}: {''.join(first_line)[:200]})") from error
+        first_line = "".join(str(error).strip().splitlines()[:1])[:200]
+        hint = "it reads values of its tensors, " if isinstance(error, GuardOnDataDependentSymNode) else ""
+        raise Refused(f"{hint}torch.export can't trace it ({type(error).__name__}: {first_line})") from error
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = tuple(nodes[name] for name in program.graph_signature.user_inputs)
     outputs = tuple(nodes[name] for name in program.graph_signature.user_outputs if name is not None)
     return replace(
         block,
+        program=program,
         graph=program.graph,
         graph_inputs=inputs,
         graph_outputs=outputs,

@@ -15,7 +15,9 @@ After, with K = k of N tokens kept::
     out = put_tokens(x, kept, out)
 
 Kept tokens are the block's own result on them (what ``verify`` proves), skipped ones keep their bits (``put_tokens``).
-Lossy at k < N by design; at k = N it is never run.
+Lossy at k < N by design; at k = N it is never run. With full context ``block`` is the rewritten graph of ``context.py``, called on
+all tokens and on the kept ones; with reuse the tokens are put into what the memory foretells instead of into ``x``, and the
+memory is brought up to date.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import primitives
+from .. import memory, primitives
 from ..arguments import map_leaves, unbind_arguments
-from ..config import Gate
+from ..config import DiffCRConfig
 from ..plan import BlockPlan, LeafPlan, TokenAxis
 from ..routed import Program
 
@@ -37,26 +39,30 @@ _GATES = {"exact": primitives.gate_exact, "sigmoid": primitives.gate_sigmoid}
 _CALLS: dict[str, Callable[..., Any]] = {"vmap": primitives.call_per_sample, "loop": primitives.call_in_loop}
 
 
-def write_program(plan: BlockPlan, gate: Gate) -> Program:
-    """The program of ``plan``: a graph with the placeholders block, router, k and one per leaf, in order."""
-    graph = _Writer(plan, gate).write()
+def write_program(plan: BlockPlan, config: DiffCRConfig) -> Program:
+    """The program of ``plan``: a graph with the placeholders block, router, k, with reuse the block's memory, and one per leaf, in
+    order; it returns the block's output tensors and the positions kept."""
+    graph = _Writer(plan, config).write()
     return Program(plan, fx.GraphModule({}, graph, class_name=f"Routed{plan.kind}"))
 
 
 class _Writer:
     """Builds one graph; every method appends nodes and returns the last."""
 
-    def __init__(self, plan: BlockPlan, gate: Gate) -> None:
-        self.plan, self.gate = plan, gate
+    def __init__(self, plan: BlockPlan, config: DiffCRConfig) -> None:
+        self.plan, self.config = plan, config
         self.graph = fx.Graph()
+        self.memory: fx.Node | None = None
 
     def write(self) -> fx.Graph:
         plan = self.plan
         block, router, k = (self.graph.placeholder(name) for name in ("block", "router", "k"))
+        if self.config.skip == "reuse":
+            self.memory = self.graph.placeholder("memory")
         self.leaves = [self.graph.placeholder(leaf.name) for leaf in plan.leaves]
         axes = (plan.token_axis, plan.batch_axis)
         scores = self._call("scores", primitives.score_tokens, self.leaves[plan.stream], router, *axes)
-        self.kept = self._call("kept", primitives.select_tokens, scores, k)
+        self.kept = self._call("kept", primitives.select_tokens, self._priority(scores), k)
         self._joint: dict[TokenAxis, fx.Node] = {}
         taken = [self._take(index, leaf) for index, leaf in enumerate(plan.leaves)]
         given = list(taken)
@@ -64,17 +70,29 @@ class _Writer:
             given[plan.stream] = self.graph.call_method("clone", (taken[plan.stream],))
         results = self._call_block(block, given)
         outputs = []
+        self.updates: list[fx.Node] = []
         for index, output in enumerate(plan.outputs):
             result = self._call(f"out_{index}", operator.getitem, results, index)
             if output.routed:
                 result = self._put(index, result, taken, scores)
             outputs.append(result)
-        self.graph.output(map_leaves(lambda _, i: None if i is None else outputs[i], plan.output_template))
+        if self.memory is not None:
+            places = [(output.dims.index("N"), output.batch_axis) for output in plan.outputs if output.routed]
+            self._call("remembered", memory.remember_tokens, self.memory, self.kept, self.updates, places)
+        self.graph.output((tuple(outputs), self.kept))
         self.graph.lint()
         return self.graph
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.create_node("call_function", function, args, name=name)
+
+    def _priority(self, scores: fx.Node) -> fx.Node:
+        """What the kept tokens have most of."""
+        if self.config.selection == "turn":
+            return self._call("priority", memory.oldest_first, self.memory)
+        if self.config.selection == "score and turn":
+            return self._call("priority", memory.older_and_higher, scores, self.memory)
+        return scores
 
     def _indices(self, axis: TokenAxis) -> fx.Node:
         """Kept positions along an axis: those of the stream, or theirs within a joint sequence."""
@@ -117,6 +135,8 @@ class _Writer:
         return leaf.batch_axis
 
     def _call_block(self, block: fx.Node, taken: list[fx.Node]) -> fx.Node:
+        if self.plan.context == "all":
+            return self._call_context(block, taken)
         bound = map_leaves(lambda _, index: None if index is None else taken[index], self.plan.arguments)
         args, kwargs = unbind_arguments(self.plan.positional, bound)
         if self.plan.lift not in _CALLS:
@@ -126,6 +146,23 @@ class _Writer:
         own_batch = tuple(leaf.batch_axis is not None for leaf in leaves)
         out_axes = tuple(output.batch_axis for output in self.plan.outputs)
         return self._call("results", _CALLS[self.plan.lift], block, args, kwargs, axes, own_batch, out_axes)
+
+    def _call_context(self, block: fx.Node, taken: list[fx.Node]) -> fx.Node:
+        """The rewritten graph, on the positions kept, on all tokens, and on the kept ones."""
+        plan = self.plan
+        tensors = [
+            (leaf, node, kept)
+            for leaf, node, kept in zip(plan.leaves, self.leaves, taken, strict=True)
+            if leaf.is_tensor
+        ]
+        moving = [(leaf, kept) for leaf, _, kept in tensors if leaf.token_axes]
+        args = (self.kept, *(node for _, node, _ in tensors), *(kept for _, kept in moving))
+        if plan.lift not in _CALLS:
+            return self._call("results", primitives.call_block, block, args, {})
+        axes = (0, *(leaf.batch_axis for leaf, _, _ in tensors), *(leaf.batch_axis or 0 for leaf, _ in moving))
+        own_batch = (True, *(True for _ in tensors), *(leaf.batch_axis is not None for leaf, _ in moving))
+        out_axes = tuple(output.batch_axis for output in plan.outputs)
+        return self._call("results", _CALLS[plan.lift], block, args, {}, axes, own_batch, out_axes)
 
     def _put(self, index: int, result: fx.Node, taken: list[fx.Node], scores: fx.Node) -> fx.Node:
         """Gate the stream's result, and put it back among the tokens that were skipped."""
@@ -137,7 +174,11 @@ class _Writer:
             base = self._call("blank", primitives.blank_tokens, result, num_tokens, axes[0])
         else:
             before, base = taken[output.source], self.leaves[output.source]
-        if index == self.plan.routed_output:
+        if index == self.plan.routed_output and self.config.selection != "turn":
             kept_scores = self._call("kept_scores", primitives.take_scores, scores, self.kept)
-            result = self._call(f"gated_{index}", _GATES[self.gate], result, before, kept_scores, *axes)
+            result = self._call(f"gated_{index}", _GATES[self.config.gate], result, before, kept_scores, *axes)
+        if self.memory is not None:
+            routed = len(self.updates)
+            self.updates.append(self._call(f"update_{index}", operator.sub, result, before))
+            base = self._call(f"resumed_{index}", memory.resume_tokens, base, self.memory, routed, *axes)
         return self._call(f"routed_{index}", primitives.put_tokens, base, self.kept, result, *axes)

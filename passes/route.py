@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
 from ..arguments import iterate_leaves, positional_names
+from ..config import DiffCRConfig
+from ..context import ContextGraph, context_key
 from ..errors import BlockNotFoundError, UnsupportedError
-from ..plan import ModelPlan
+from ..plan import BlockPlan, ModelPlan
 from ..routed import BlockRouting, ModelRouting, bind
 from ..router import Router
-from .analysis import ModelAnalysis
+from .analysis import ModelAnalysis, Refused
+from .context import rebuild_context
 from .program import write_program
 
 
@@ -38,15 +45,21 @@ def plan_model(analysis: ModelAnalysis) -> ModelPlan:
     )
 
 
-def route_blocks(model: nn.Module, plan: ModelPlan, state: ModelRouting) -> None:
-    """Bind routers and programs on the blocks of ``plan``; all of them or, where one can't be bound, none."""
-    programs = [write_program(family, state.config.gate) for family in plan.families]
+def route_blocks(
+    model: nn.Module, plan: ModelPlan, state: ModelRouting, context_graphs: Sequence[ContextGraph | None] = ()
+) -> None:
+    """Bind routers and programs on the blocks of ``plan``; all of them or, where one can't be bound, none.
+
+    context_graphs: of each family, where they are known already; else each is written at its first forward.
+    """
+    programs = [write_program(family, state.config) for family in plan.families]
     modules = [model.get_submodule(site.fqn) for site in plan.sites]
     routers = [
         _make_router(module, site.fqn, plan.families[site.family].width)
         for site, module in zip(plan.sites, modules, strict=True)
     ]
     state.plan = plan
+    state.rebuild = functools.partial(_rebuild, state.config)
     for index, (site, module) in enumerate(zip(plan.sites, modules, strict=True)):
         program, base = programs[site.family], type(module).forward
         routing = BlockRouting(
@@ -57,9 +70,22 @@ def route_blocks(model: nn.Module, plan: ModelPlan, state: ModelRouting) -> None
             programs={program.plan.signature: program},
             model=state,
             ratios=(0,) * state.num_regions,
+            context=context_graphs[site.family] if context_graphs else None,
         )
         bind(module, routing, routers[index])
+        if routing.context is not None:
+            program.contexts[context_key(module)] = routing.context
         state.blocks.append(routing)
+
+
+def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any]) -> ContextGraph:
+    try:
+        return rebuild_context(module, fqn, plan, bound, config)
+    except Refused as refused:
+        raise UnsupportedError(
+            f"{fqn} has changed since it was analysed (adapters, quantisation, processors, dtype), and its graph can't be "
+            f"rewritten for context='all' any more: {refused}. Restore the model and transform it again, or use context='kept'."
+        ) from refused
 
 
 def _make_router(module: nn.Module, fqn: str, width: int) -> Router:

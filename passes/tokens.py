@@ -60,7 +60,7 @@ def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:
     for index, (path, leaf) in enumerate(block.call_leaves):
         dims = block.leaf_dims[index]
         axes = tuple(
-            _token_axis(block, axis, size, leaf_name(path)) for axis, size in enumerate(dims) if _holds(block, size)
+            token_axis_of(block, axis, size, leaf_name(path)) for axis, size in enumerate(dims) if _holds(block, size)
         )
         batch_axis = dims.index(block.batch) if block.batch in dims else None
         text = tuple(_axis_text(size, names) for size in dims)
@@ -104,12 +104,13 @@ def _joined_leaves(block: BlockAnalysis, output: fx.Node) -> Iterator[int]:
             yield index
 
 
-def _token_axis(block: BlockAnalysis, axis: int, size: sympy.Expr, name: str) -> TokenAxis:
+def token_axis_of(block: BlockAnalysis, axis: int, size: sympy.Expr, name: str) -> TokenAxis:
+    """The token axis of a tensor called ``name``, of this size: the tokens', or a joint one. Refuses products and quotients."""
     if size == block.token:
         return TokenAxis(axis)
     segments = _segments(block, size)
     if segments is None or segments.count(block.token) != 1:
-        raise Refused(f"axis {axis} of input {name!r} is {size} long, where {block.token} tokens are routed")
+        raise Refused(f"axis {axis} of {name!r} is {size} long, where {block.token} tokens are routed")
     place = segments.index(block.token)
     before = tuple(_size_of(block, segment, name) for segment in segments[:place])
     after = tuple(_size_of(block, segment, name) for segment in segments[place + 1 :])

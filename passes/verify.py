@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import iterate_leaves, map_leaves, unbind_arguments
+from ..config import DiffCRConfig
+from ..context import ContextGraph
 from ..plan import BlockPlan, LeafPlan, Lift
-from ..primitives import score_tokens, select_tokens
+from ..primitives import score_tokens, select_tokens, take_tokens
 from .analysis import Refused, TensorInfo, log
 from .block import BlockAnalysis
 from .program import write_program
@@ -34,9 +36,14 @@ NUM_KEPT = 5
 LENGTHS = (7, 13, 17, 19, 23, 29)
 """Sizes of the proof: all different, and different from usual widths and head counts."""
 
+_UNBOUNDED = 1 << 40
+
 TOLERANCE = 2e-4
 """Largest error, as a share of the largest value, in float32. Rounding stays below 1e-5; a rotary table that is cut by
 length inside the block shows 3e-3."""
+
+LONGEST = 1024
+"""The permutation is tried at the captured number of tokens too, up to this many: windows, bands and frames show there."""
 
 MASK_DENSITY = 0.8
 """Share of true entries in the masks of the proof."""
@@ -61,8 +68,11 @@ def prove_block(block: BlockAnalysis) -> BlockAnalysis:
 
 
 def _prove(block: BlockAnalysis) -> BlockAnalysis:
-    trial = _Trial(block)
+    _check_range(block)
+    trial = Trial(block)
     trial.check_permutation(block.draft_plan("direct"))
+    for variant in trial.variants():
+        variant.check_permutation(block.draft_plan("direct"))
     unbatched = [leaf for leaf in block.leaves if leaf.token_axes and leaf.batch_axis is None]
     forms: tuple[Lift, ...] = ("inserted axis", "vmap", "loop") if unbatched else ("direct",)
     failures = []
@@ -72,9 +82,17 @@ def _prove(block: BlockAnalysis) -> BlockAnalysis:
             error = trial.check_program(plan)
             return replace(block, plan=replace(plan, error=error, in_place=trial.writes_into_tokens()))
         except Exception as error:  # a form that does not fit raises whatever the block's code does
-            failures.append(f"{form}: {_first_line(error)}")
+            failures.append(f"{form}: {first_line(error)}")
             log.debug("%s: %s", block.fqn, failures[-1])
     raise Refused("the proof failed: " + "; ".join(failures))
+
+
+def _check_range(block: BlockAnalysis) -> None:
+    """Refuses a block whose code goes another way from some number of tokens on, as export's guards tell."""
+    assert block.program is not None
+    allowed = block.program.range_constraints.get(block.token)
+    if allowed is not None and allowed.upper < _UNBOUNDED:
+        raise Refused(f"it does something else beyond {allowed.upper} tokens (windows, or a table of fixed length)")
 
 
 def _merge_equal_sizes(block: BlockAnalysis) -> BlockAnalysis | None:
@@ -91,20 +109,43 @@ def _merge_equal_sizes(block: BlockAnalysis) -> BlockAnalysis | None:
     return replace(block, leaf_dims=tuple(tuple(size.xreplace(names) for size in dims) for dims in block.leaf_dims))
 
 
-class _Trial:
+class Trial:
     """A copy of the block with random parameters, and random inputs of small sizes."""
 
     def __init__(self, block: BlockAnalysis) -> None:
         self.block = block
         self.generator = torch.Generator().manual_seed(0)
         self.module = randomised_copy(block.module, self.generator)
-        self.sizes = self._sizes()
-        self.values = [self._value(index, leaf) for index, (_, leaf) in enumerate(block.call_leaves)]
+        self._draw(BATCH, NUM_TOKENS)
 
-    def _sizes(self) -> dict[sympy.Symbol, int]:
+    def _draw(self, batch: int, num_tokens: int, *, any_integer: bool = False) -> None:
+        self.num_tokens, self.any_integer = num_tokens, any_integer
+        self.sizes = self._sizes(batch)
+        self.values = [self._value(index, leaf) for index, (_, leaf) in enumerate(self.block.call_leaves)]
+
+    def variants(self) -> Iterator[Trial]:
+        """The same at the captured number of tokens, and with integers that the captured call did not have, where the block runs
+        on them."""
+        captured = min(self.block.captured_sizes[self.block.token], LONGEST)  # type: ignore[index]
+        if captured > NUM_TOKENS:
+            yield self._variant(1, captured)
+        if any(isinstance(leaf, TensorInfo) and leaf.value is not None for _, leaf in self.block.call_leaves):
+            trial = self._variant(BATCH, NUM_TOKENS, any_integer=True)
+            try:
+                trial._run(trial.values)
+            except Refused:
+                return
+            yield trial
+
+    def _variant(self, batch: int, num_tokens: int, *, any_integer: bool = False) -> Trial:
+        trial = copy.copy(self)
+        trial._draw(batch, num_tokens, any_integer=any_integer)
+        return trial
+
+    def _sizes(self, batch: int) -> dict[sympy.Symbol, int]:
         """Small distinct sizes for the batch, the tokens and what they are joined with; all others as they were captured."""
         block = self.block
-        sizes = {**block.captured_sizes, block.batch: BATCH, block.token: NUM_TOKENS}
+        sizes = {**block.captured_sizes, block.batch: batch, block.token: self.num_tokens}
         joined = [size for leaf in block.leaves for axis in leaf.token_axes for size in (*axis.before, *axis.after)]
         free = iter(LENGTHS)
         for index, axis in dict.fromkeys(joined):
@@ -125,14 +166,19 @@ class _Trial:
             return torch.rand(shape, generator=self.generator) < MASK_DENSITY
         if leaf.value is None:
             return torch.zeros(shape, dtype=leaf.dtype)
+        if self.any_integer:
+            return torch.randint(1, self.num_tokens, shape, generator=self.generator).to(leaf.dtype)
         pool = leaf.value.flatten().cpu()
         picks = torch.randint(len(pool), (int(torch.tensor(shape).prod()),), generator=self.generator)
         return pool[picks].reshape(shape)
 
     def check_permutation(self, plan: BlockPlan) -> None:
         """The block on permuted tokens gives the permuted result."""
-        order = torch.randperm(NUM_TOKENS, generator=self.generator)
         expected = self._run(self.values)
+        for order in (torch.randperm(self.num_tokens, generator=self.generator), torch.arange(self.num_tokens).flip(0)):
+            self._compare_permuted(plan, expected, order)
+
+    def _compare_permuted(self, plan: BlockPlan, expected: list[Tensor], order: Tensor) -> None:
         permuted = self._run(
             [self._index(leaf, value, order) for leaf, value in zip(plan.leaves, self.values, strict=True)]
         )
@@ -149,13 +195,13 @@ class _Trial:
     @torch.no_grad()
     def check_program(self, plan: BlockPlan) -> float:
         """The program at batch three equals the per-sample loop; returns the largest relative error."""
-        program = write_program(plan, "exact")
+        program = write_program(plan, DiffCRConfig())
         weight = torch.randn(plan.width, generator=self.generator)
         stream = self.values[plan.stream]
         kept = select_tokens(score_tokens(stream, weight, plan.token_axis, plan.batch_axis), NUM_KEPT)
         if len({tuple(row) for row in kept.tolist()}) != BATCH:
             raise Refused("the proof's samples keep the same tokens")
-        routed = program(self._call, weight, NUM_KEPT, self.values)
+        routed, _ = program(self._call, weight, NUM_KEPT, self.values)
         results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
         worst = 0.0
         for sample in range(BATCH):
@@ -176,12 +222,33 @@ class _Trial:
             raise Refused(f"differs by {worst:.1e} from each sample run alone")
         return worst
 
+    @torch.no_grad()
+    def check_context(self, plan: BlockPlan, graph: ContextGraph) -> float:
+        """With keys and values from all tokens, kept tokens equal the dense block's; returns the largest relative error."""
+        program = write_program(plan, DiffCRConfig())
+        weight = torch.randn(plan.width, generator=self.generator)
+        routed, kept = program(graph.bind(self.module), weight, NUM_KEPT, self.values)
+        results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
+        worst = 0.0
+        for output, result, value in zip(plan.outputs, results, self._run(self.values), strict=True):
+            if output.routed:
+                axes = (output.dims.index("N"), output.batch_axis)
+                result, value = (take_tokens(tensor, kept, *axes) for tensor in (result, value))
+            worst = max(worst, relative_error(result, value))
+        if not worst < TOLERANCE:
+            raise Refused(f"a kept token differs by {worst:.1e} from the dense block's")
+        return worst
+
     def writes_into_tokens(self) -> bool:
-        """Whether the block changes its token input in place."""
-        stream = self.values[self.block.stream]
-        kept = stream.clone()
-        self._run([kept if value is stream else value for value in self.values], copy_inputs=False)
-        return not torch.equal(kept, stream)
+        """Whether the block changes its token input in place. Refuses one that changes another input that follows the tokens:
+        it is given a copy of the kept ones, so the change would be lost."""
+        given = [_clone(value) for value in self.values]
+        self._run(given, copy_inputs=False)
+        for index, (leaf, value, after) in enumerate(zip(self.block.leaves, self.values, given, strict=True)):
+            if index != self.block.stream and leaf.token_axes and not torch.equal(value, after):
+                raise Refused(f"it writes into its input {leaf.name!r}, which follows the tokens")
+        stream = self.block.stream
+        return not torch.equal(given[stream], self.values[stream])
 
     def _check_skipped(
         self, plan: BlockPlan, source: int | None, result: Tensor, kept: Tensor, sample: int, axis: int
@@ -206,7 +273,10 @@ class _Trial:
         try:
             output = self._call(*args, **kwargs)
         except Exception as error:
-            raise Refused(f"it does not run on {NUM_TOKENS} or {NUM_KEPT} tokens ({_first_line(error)})") from error
+            raise Refused(
+                f"it does not run on {self.num_tokens} or {NUM_KEPT} tokens: windows, a grid, or positions made for one length "
+                f"({first_line(error)})"
+            ) from error
         return [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
 
     def _index(self, leaf: LeafPlan, value: Any, indices: Tensor) -> Any:
@@ -214,14 +284,15 @@ class _Trial:
         for axis in leaf.token_axes:
             before = sum(self.values[index].shape[size] for index, size in axis.before)
             after = sum(self.values[index].shape[size] for index, size in axis.after)
-            tail = range(before + NUM_TOKENS, before + NUM_TOKENS + after)
+            tail = range(before + self.num_tokens, before + self.num_tokens + after)
             positions = [*range(before), *(before + int(index) for index in indices), *tail]
             value = value.index_select(axis.axis, torch.tensor(positions))
         return value
 
 
 def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A float32 CPU copy in eval mode with every float parameter drawn anew, of the scale of a usual initialisation."""
+    """A float32 CPU copy in eval mode with every float parameter drawn anew, of the scale of a usual initialisation, and every
+    buffer that holds but one value: a gate may be switched off by either."""
     duplicate = copy.deepcopy(module)
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         duplicate = duplicate.to_empty(device="cpu")
@@ -238,6 +309,9 @@ def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
                 parameter.copy_(noise / max(parameter[0].numel(), 1) ** 0.5)
             else:
                 parameter.copy_(0.2 * noise + parameter.abs().clamp(max=1.0))
+        for buffer in duplicate.buffers():
+            if buffer.dtype.is_floating_point and buffer.numel() and bool((buffer == buffer.flatten()[0]).all()):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     return duplicate.requires_grad_(False)
 
 
@@ -258,6 +332,7 @@ def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without its traceback."""
     lines: Iterator[str] = iter(str(error).strip().splitlines())
     return f"{type(error).__name__}: {next(lines, '')[:200]}" if not isinstance(error, Refused) else str(error)

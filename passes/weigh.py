@@ -24,6 +24,7 @@ def drop_small_families(analysis: ModelAnalysis) -> ModelAnalysis:
     return replace(
         analysis,
         families=tuple(analysis.families[index] for index in kept),
+        context_graphs=tuple(analysis.context_graphs[index] for index in kept),
         sites=tuple(Site(site.fqn, kept.index(site.family)) for site in analysis.sites if site.family in kept),
         refusals=tuple(refusals),
     )

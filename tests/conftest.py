@@ -4,7 +4,6 @@ files."""
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import sys
@@ -18,11 +17,6 @@ from hypothesis import settings
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").disabled = True  # thousands of records for a test that fails
 
-_TORCHVISION_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-
 
 def _import_package() -> None:
     """Import the package before this folder, on sys.path for ``models``, can hide it: its folder ``diffcr_compile`` would come
@@ -33,30 +27,8 @@ def _import_package() -> None:
     sys.path[:] = path
 
 
-def _define_torchvision_operators() -> torch.library.Library:
-    """torchvision registers fake kernels for operators of its C extension, and can't be imported where that can't be loaded
-    (a CUDA build beside a CPU torch). The schemas are all that it asks for; the library must be kept alive."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in _TORCHVISION_SCHEMAS:
-        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            library.define(schema)
-    return library
-
-
-def _load_torchvision_extension() -> None:
-    """Let torchvision's own C extension define its operators first, where it can be loaded."""
-    package = importlib.util.find_spec("torchvision")
-    folders = [] if package is None else list(package.submodule_search_locations or ())
-    for library in (path for folder in folders for path in Path(folder).glob("_C*.so")):
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:
-            continue
-
-
 _import_package()
-_load_torchvision_extension()
-_torchvision = _define_torchvision_operators()
+_torchvision = importlib.import_module("torchvision_operators").define()
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
 settings.register_profile("nightly", deadline=None, max_examples=300)

@@ -10,7 +10,9 @@ block run on each sample's kept tokens alone, and skipped tokens keep their bits
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +26,13 @@ from torch.utils import _pytree as pytree
 from zoo import LEFT_OUT, ZOO, Entry
 
 import diffcr_compile
+from diffcr_compile.arguments import bind_arguments, iterate_leaves, map_leaves, unbind_arguments
 from diffcr_compile.plan import BlockPlan, LeafPlan
+from diffcr_compile.primitives import take_tokens
 
 BATCH = 3
 RATIO = 0.5
+CONTEXT_TOLERANCE = 1e-4
 TOLERANCE = 1e-4
 """Largest difference from the loop as a share of the largest value, in float32: products of another batch size round
 otherwise, by up to about 1e-6 in these models; a wrongly indexed side input shows 1e-2 and more."""
@@ -43,6 +48,8 @@ class Row:
     routable: float = 0.0
     share: float = 1.0
     lifts: list[str] = field(default_factory=list)
+    lift_cost: float = 1.0
+    context: str = ""
     worst: float = 0.0
     fullgraph: str = ""
     seconds: float = 0.0
@@ -74,13 +81,76 @@ def check(entry: Entry, *, compile_too: bool = True) -> Row:
     row.share = cost.share
     expect(row, cost.share < 1, "FLOPs do not fall")
     row.worst = compare_with_loop(model, inputs, row)
+    row.lift_cost = measure_lift(model, inputs)
     expect(row, row.worst < TOLERANCE, f"differs by {row.worst:.1e} from each sample run alone")
     if compile_too:
         row.fullgraph = fullgraph_verdict(entry, model, inputs)
         expect(row, row.fullgraph != "broken", "the dense model traces with fullgraph=True, the routed one does not")
     diffcr_compile.restore(model)
     expect(row, same(run(model, inputs), before), "not restored exactly")
+    row.context = check_context(model, inputs, row)
     return row
+
+
+def check_context(model: nn.Module, inputs: dict[str, Any], row: Row) -> str:
+    """With full context every kept token equals the dense block's result at that token; how many families allow it."""
+    diffcr_compile.transform(model, diffcr_compile.DiffCRConfig(context="all"), example_inputs=inputs)
+    diffcr_compile.set_ratios(model, RATIO)
+    plan = diffcr_compile.explain(model).plan
+    allowed = [family for family in plan.families if family.context == "all"]
+    worst = 0.0
+    with watched(model) as calls, diffcr_compile.trace(model) as seen:
+        run(model, inputs)
+    for site in plan.sites:
+        family = plan.families[site.family]
+        if family not in allowed:
+            continue
+        module = model.get_submodule(site.fqn)
+        for (args, kwargs, output), kept in zip(calls[site.fqn], seen.kept[site.fqn], strict=True):
+            with torch.no_grad():
+                dense = type(module).forward(module, *args, **kwargs)
+            pairs = zip(tensors(output), tensors(dense), family.outputs, strict=True)
+            for found, expected, known in pairs:
+                if known.routed:
+                    axes = (known.dims.index("N"), known.batch_axis)
+                    found, expected = (take_tokens(tensor, kept, *axes) for tensor in (found, expected))
+                worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
+    expect(row, worst < CONTEXT_TOLERANCE, f"full context: a kept token differs by {worst:.1e} from the dense block's")
+    diffcr_compile.restore(model)
+    return f"{len(allowed)}/{len(plan.families)}"
+
+
+@torch.no_grad()
+def measure_lift(model: nn.Module, inputs: dict[str, Any]) -> float:
+    """Worst over the families: time of the routed block over that of the plain block called on one sample's tokens for all."""
+    plan = diffcr_compile.explain(model).plan
+    worst = 0.0
+    with watched(model) as calls, diffcr_compile.trace(model) as seen:
+        run(model, inputs)
+    for index, family in enumerate(plan.families):
+        fqn = next(site.fqn for site in plan.sites if site.family == index)
+        module = model.get_submodule(fqn)
+        (args, kwargs, _), kept = calls[fqn][0], seen.kept[fqn][0]
+        bound = bind_arguments(family.positional, args, kwargs)
+        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+        shared = iter(
+            [_index_tokens(leaf, value, kept[0], values) for leaf, value in zip(family.leaves, values, strict=True)]
+        )
+        call = map_leaves(lambda _, leaf, shared=shared: None if leaf is None else next(shared), bound)
+        plain_args, plain_kwargs = unbind_arguments(family.positional, call)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(7):
+            for seconds, function, given in zip(
+                times,
+                (module, functools.partial(type(module).forward, module)),
+                ((args, kwargs), (plain_args, plain_kwargs)),
+                strict=True,
+            ):
+                start = time.perf_counter()
+                function(*given[0], **given[1])
+                seconds.append(time.perf_counter() - start)
+        worst = max(worst, statistics.median(times[0]) / statistics.median(times[1]))
+    return worst
 
 
 def expect(row: Row, condition: bool, failure: str) -> None:
@@ -112,18 +182,31 @@ def fullgraph_verdict(entry: Entry, routed: nn.Module, inputs: dict[str, Any]) -
     return "yes"
 
 
-def compare_with_loop(model: nn.Module, inputs: dict[str, Any], row: Row) -> float:
-    """Largest relative error of the routed blocks against the original block on each sample's kept tokens alone."""
+@contextlib.contextmanager
+def watched(model: nn.Module) -> Iterator[dict[str, list[tuple[Any, Any, Any]]]]:
+    """Inside, every call of a routed block is noted: (args, kwargs, output), by name."""
     calls: dict[str, list[tuple[Any, Any, Any]]] = {}
     handles = []
     for site in diffcr_compile.explain(model).plan.sites:
         module = model.get_submodule(site.fqn)
         handles.append(module.register_forward_pre_hook(_note_inputs(calls.setdefault(site.fqn, [])), with_kwargs=True))
         handles.append(module.register_forward_hook(_note_output(calls[site.fqn])))
-    with diffcr_compile.trace(model) as seen:
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a block's output."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def compare_with_loop(model: nn.Module, inputs: dict[str, Any], row: Row) -> float:
+    """Largest relative error of the routed blocks against the original block on each sample's kept tokens alone."""
+    with watched(model) as calls, diffcr_compile.trace(model) as seen:
         run(model, inputs)
-    for handle in handles:
-        handle.remove()
     worst, different = 0.0, False
     plan = diffcr_compile.explain(model).plan
     for site in plan.sites:
@@ -151,8 +234,6 @@ def block_errors(
     module: nn.Module, plan: BlockPlan, args: Any, kwargs: Any, output: Any, kept: Tensor, row: Row
 ) -> Iterator[float]:
     """Error of each output and sample of one call. The loop: one sample, its kept tokens, the class's own forward."""
-    from diffcr_compile.arguments import bind_arguments, iterate_leaves, map_leaves, unbind_arguments
-
     bound = bind_arguments(plan.positional, args, kwargs)
     values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
     results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -168,9 +249,11 @@ def block_errors(
             result = result.narrow(known.batch_axis, sample, 1)
             if known.routed:
                 axis = known.dims.index("N")
-                source = values[known.source].narrow(known.batch_axis, sample, 1)  # type: ignore[index]
                 skipped = torch.tensor([i for i in range(result.shape[axis]) if i not in kept[sample].tolist()])
-                same_bits = torch.equal(result.index_select(axis, skipped), source.index_select(axis, skipped))
+                before = torch.zeros_like(result)
+                if known.source is not None:
+                    before = values[known.source].narrow(known.batch_axis, sample, 1)
+                same_bits = torch.equal(result.index_select(axis, skipped), before.index_select(axis, skipped))
                 expect(row, same_bits, f"{plan.kind}: a skipped token changed")
                 result = result.index_select(axis, kept[sample])
             yield float((result - value).abs().max() / value.abs().max().clamp(min=1e-6))
@@ -181,6 +264,12 @@ def _alone(leaf: LeafPlan, value: Any, sample: int, kept: Tensor, values: list[A
         return value
     if leaf.batch_axis is not None and value.shape[leaf.batch_axis] > 1:
         value = value.narrow(leaf.batch_axis, sample, 1)
+    return _index_tokens(leaf, value, kept, values)
+
+
+def _index_tokens(leaf: LeafPlan, value: Any, kept: Tensor, values: list[Any]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
     for axis in leaf.token_axes:
         before = sum(values[index].shape[size] for index, size in axis.before)
         after = sum(values[index].shape[size] for index, size in axis.after)
@@ -203,22 +292,25 @@ def as_markdown(rows: list[Row]) -> str:
         "",
         f"Made by `python examples/benchmarks/coverage.py --write` with torch {torch.__version__}, tiny configurations, batch "
         f"{BATCH}. Routable: share of the dense FLOPs in routed blocks. At 0.5: share of the dense FLOPs with half of the tokens "
-        "skipped. Error: largest relative difference of a routed block from each sample run alone.",
+        "skipped. Error: largest relative difference of a routed block from each sample run alone. Lift cost: time of the worst "
+        "family's routed block, router, gather and scatter included, over that of the plain block on as many tokens in one batch "
+        "(tiny blocks, so mostly launches). All: families whose keys and values may come from all tokens.",
         "",
-        "| class | families | lift | routable | at 0.5 | error | fullgraph | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| class | families | lift | lift cost | routable | at 0.5 | error | all | fullgraph | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row.blocks:
             cells = [
                 ", ".join(row.families),
                 ", ".join(dict.fromkeys(row.lifts)),
+                f"{row.lift_cost:.1f}",
                 f"{row.routable:.0%}",
                 f"{row.share:.0%}",
             ]
-            cells += [f"{row.worst:.0e}", row.fullgraph, f"{row.seconds:.1f}"]
+            cells += [f"{row.worst:.0e}", row.context, row.fullgraph, f"{row.seconds:.1f}"]
         else:
-            cells = [f"refused: {row.dense_reason[:300]}", *[""] * 6]
+            cells = [f"refused: {row.dense_reason[:300]}", *[""] * 8]
         lines.append("| " + " | ".join([row.name, *cells]) + " |")
     lines += ["", "Left out, being no denoisers of their own:", ""]
     lines += [f"- {name}: {reason}" for name, reason in LEFT_OUT.items()]
@@ -239,7 +331,7 @@ def main() -> None:
             row = Row(name, failures=[f"{type(error).__name__}: {str(error)[:300]}"])
         rows.append(row)
         found = row.families or f"REFUSED {row.dense_reason[:600]}"
-        print(row.name, found, row.lifts, f"{row.seconds:.1f}s", row.fullgraph, flush=True)
+        print(row.name, found, row.lifts, f"{row.seconds:.1f}s", row.fullgraph, row.context, flush=True)
         for failure in row.failures:
             print("   FAILED", failure, flush=True)
     print(as_markdown(rows).splitlines()[2])

@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torchvision_operators
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Inputs = dict[str, Any]
+_TORCHVISION = torchvision_operators.define()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from models import Shape, original, routed, tiny_inputs
 from torch import Tensor
 
 import diffcr_compile
+from diffcr_compile import DiffCRConfig
 from diffcr_compile.plan import BlockPlan
 
 GOLDEN = {
@@ -43,7 +44,7 @@ def plan() -> BlockPlan:
 
 
 def test_the_nodes(plan: BlockPlan) -> None:
-    graph = write_program(plan, "exact").graph.graph
+    graph = write_program(plan, DiffCRConfig()).graph.graph
     graph.lint()
     assert [node.name for node in graph.nodes if node.op == "placeholder"] == ["block", "router", "k", "x", "temb"]
     calls = [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
@@ -60,18 +61,18 @@ def test_the_nodes(plan: BlockPlan) -> None:
 
 
 def test_the_gate_is_the_configured_one(plan: BlockPlan) -> None:
-    assert "gate_sigmoid(" in write_program(plan, "sigmoid").graph.code
+    assert "gate_sigmoid(" in write_program(plan, DiffCRConfig(gate="sigmoid")).graph.code
 
 
 def test_writing_twice_gives_the_same_text(plan: BlockPlan) -> None:
-    assert write_program(plan, "exact").graph.code == write_program(plan, "exact").graph.code
+    assert write_program(plan, DiffCRConfig()).graph.code == write_program(plan, DiffCRConfig()).graph.code
 
 
 @pytest.mark.parametrize("k", [1, 3, N - 1])
 def test_the_numbers(plan: BlockPlan, k: int) -> None:
     block, x, temb, router = block_of(plain), draw(seed=2), draw(2, D, seed=3), draw(D, seed=4)
     with torch.no_grad():
-        found = write_program(plan, "exact")(block, router, k, [x, temb])
+        found, _ = write_program(plan, DiffCRConfig())(block, router, k, [x, temb])
         for sample in range(2):
             kept = sorted((x[sample] @ router).topk(k).indices.tolist())
             expected = x[sample].clone()
@@ -81,7 +82,7 @@ def test_the_numbers(plan: BlockPlan, k: int) -> None:
 
 def test_skipping_returns_what_came_in(plan: BlockPlan) -> None:
     x = draw()
-    assert write_program(plan, "exact").skip([x, draw(2, D)]) is x
+    assert write_program(plan, DiffCRConfig()).skip([x, draw(2, D)]) is x
 
 
 def test_a_routed_model_shares_one_program_per_family() -> None:

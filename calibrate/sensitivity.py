@@ -1,0 +1,155 @@
+"""Without training: how much each block suffers from skipping in each timestep region, measured on dense forwards.
+
+With ``skip="reuse"`` the forwards are those of a sampling trajectory, in order: what a skipped token would have taken, had it been
+refreshed some steps ago, against the update that it gets. With ``skip="identity"``: the updates that the router would leave out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import bind_arguments, iterate_leaves, positional_names
+from ..errors import CalibrationError
+from ..learning import dense
+from ..memory import foretell
+from ..primitives import score_tokens
+from ..ratios import BIN, SCALE
+from ..region import region_of, timestep_value
+from ..routed import BlockRouting, ModelRouting, router_weight
+from ..trajectory import Trajectory
+
+OLDEST = 4
+"""Ages, in steps, up to which an update is compared; what is older is taken to suffer as the square of its age."""
+
+
+@torch.no_grad()
+def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> Tensor:
+    """Squared error that each ratio brings into the residual stream, as a share of the stream's own square.
+
+    Returns float64 (num_regions, num_blocks, bins): mean over the forwards of each region, zero where none lay. Raises
+    CalibrationError where reuse is to be measured and no forward continues another's trajectory.
+    """
+    trajectory = Trajectory()
+    meters = [_Meter(block, model, state, trajectory) for block in state.blocks]
+    handles = [
+        model.get_submodule(meter.block.fqn).register_forward_hook(meter.observe, with_kwargs=True) for meter in meters
+    ]
+    try:
+        with dense(model):
+            for batch in batches:
+                regions = [0]
+                if state.plan.timestep is not None:
+                    bound = bind_arguments(positional_names(type(model).forward), (), batch)
+                    value = timestep_value(bound, state.plan.timestep, model)
+                    trajectory.advance(value, ())
+                    regions = region_of(value, state.plan.timestep, state.num_regions)
+                for meter in meters:
+                    meter.regions = regions
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):
+        raise CalibrationError(
+            "no batch continues another's trajectory, so what reuse costs can't be measured. Expected the denoiser's inputs in "
+            "the order of sampling, as diffcr_compile.record collects them."
+        )
+    return torch.stack([meter.mean() for meter in meters], dim=1)
+
+
+class _Meter:
+    """Sums for one block, by region and bin."""
+
+    def __init__(self, block: BlockRouting, model: nn.Module, state: ModelRouting, trajectory: Trajectory) -> None:
+        self.block, self.config, self.trajectory = block, state.config, trajectory
+        self.weight = router_weight(model.get_submodule(block.fqn))
+        self.regions: list[int] = [0]
+        self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64) / SCALE
+        self.total = torch.zeros(state.num_regions, len(self.ratios), dtype=torch.float64)
+        self.count = torch.zeros(state.num_regions, dtype=torch.float64)
+
+    def mean(self) -> Tensor:
+        """(num_regions, bins); a region without forwards takes the mean of the others."""
+        mean = self.total / self.count.clamp(min=1).unsqueeze(1)
+        seen = self.count > 0
+        mean[~seen] = mean[seen].mean(dim=0) if bool(seen.any()) else 0.0
+        return mean
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        bound = bind_arguments(self.block.positional, args, kwargs)
+        program = self.block.program(bound)
+        plan, index = program.plan, program.plan.routed_output
+        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+        tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+        known = plan.outputs[index]
+        axes = (known.batch_axis, known.dims.index("N"))
+        result, before = (
+            tensor.movedim(axes, (0, 1)).double() for tensor in (tensors[index], program.before(index, values))
+        )
+        update, scale = result - before, _squares(values[plan.stream].double()).mean() + _squares(result).mean()
+        if self.config.skip == "reuse":
+            errors = self._stale_errors(update)
+        else:
+            scores = score_tokens(values[plan.stream], self.weight, plan.token_axis, plan.batch_axis)
+            errors = self._omitted(update, scores)
+        if errors is not None:
+            self._add(errors / scale.clamp(min=1e-12))
+
+    def _add(self, errors: Tensor) -> None:
+        """errors: (B, bins)."""
+        regions = torch.tensor(self.regions).expand(len(errors))
+        self.total.index_add_(0, regions, errors.cpu())
+        self.count.index_add_(0, regions, torch.ones(len(errors), dtype=torch.float64))
+
+    def _omitted(self, update: Tensor, scores: Tensor) -> Tensor:
+        """Mean square, over all tokens, of the updates that are left out at each ratio."""
+        squares = _squares(update).gather(1, scores.argsort(dim=1))
+        sums = torch.cat([torch.zeros_like(squares[:, :1]), squares.cumsum(dim=1)], dim=1)
+        places = (self.ratios * squares.shape[1]).long().to(sums.device)
+        return sums[:, places] / squares.shape[1]
+
+    def _stale_errors(self, update: Tensor) -> Tensor | None:
+        """Mean square, over all tokens, of what reuse gets wrong at each ratio; None where nothing goes before."""
+        past = self.history.setdefault(self.trajectory.slot, [])
+        if self.trajectory.first or (past and past[0][1].shape != update.shape):
+            past.clear()
+        now = self.trajectory.now
+        errors = None
+        if past:
+            errors = torch.stack([self._at(float(ratio), past, update, now) for ratio in self.ratios], dim=1)
+        past.insert(0, (now, update.float()))
+        del past[2 * OLDEST + 2 :]
+        return errors
+
+    def _at(self, ratio: float, past: list[tuple[Tensor, Tensor]], update: Tensor, now: Tensor) -> Tensor:
+        """Error of one ratio (B,): tokens of every age, each as often as it occurs where all take turns."""
+        if ratio == 1:  # never refreshed: as old as the region is long, and taken for OLDEST times OLDEST
+            measured = min(OLDEST, len(past))
+            return self._error(measured, 1, past, update, now) * (OLDEST**2 / measured) ** 2
+        period = 1 / (1 - ratio)
+        total = torch.zeros(len(update), dtype=torch.float64, device=update.device)
+        for age in range(1, math.ceil(period)):
+            share = min(1 / period, max(1 - age / period, 0.0))
+            measured = min(age, OLDEST, len(past))
+            error = self._error(measured, min(round(period), OLDEST + 1), past, update, now)
+            total += share * error * (age / measured) ** 2
+        return total
+
+    def _error(self, age: int, spacing: int, past: list[tuple[Tensor, Tensor]], update: Tensor, now: Tensor) -> Tensor:
+        """Mean square error (B,) of what updates ``age``, ``age + spacing``, ... steps old foretell."""
+        degree = self.config.extrapolation
+        used = [past[place] for place in range(age - 1, len(past), spacing)][: degree + 1]
+        times = torch.stack([time for time, _ in used]).unsqueeze(-1)
+        foretold = foretell([known.double() for _, known in used], times.double(), now.double())
+        return _squares(foretold - update).mean(dim=1)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """(B, N, D) -> mean squares (B, N)."""
+    return x.square().mean(-1)

@@ -1,0 +1,69 @@
+"""Full context at run time: a block's own graph, rewritten so that all tokens give keys and values (``passes/context.py``).
+
+The graph shares the block's parameters by name, but not its code: what replaces submodules, processors or dtypes later (LoRA,
+quantisation) would be passed by. So each graph belongs to one state of the block's modules, and a block in another state gets
+another graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+ContextKey = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ContextGraph:
+    """A block as a function of all tokens and of the kept ones (shared between the layers of a family, never copied).
+
+    graph: placeholders are the block's ``attributes`` (names of parameters and buffers), ``constants``, the positions kept (B, K),
+    the call's tensors, and those of them that follow the tokens once more, indexed; returns the block's output tensors at the
+    kept tokens.
+    """
+
+    graph: fx.GraphModule
+    attributes: tuple[str, ...]
+    constants: tuple[Tensor, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextGraph:
+        return self
+
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.graph.forward(*(_attribute(module, name) for name in self.attributes), *self.constants, *tensors)
+
+    def bind(self, module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+        """The graph with the parameters of ``module``."""
+
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return self(module, *tensors)
+
+        return call
+
+
+def context_key(module: nn.Module) -> ContextKey:
+    """What a rewritten graph depends on beside the kind of call: the block's modules, what is set on them, dtypes and device."""
+    parts = tuple((type(part), part.training, _extras(part)) for part in module.modules())
+    hooks = sum(
+        len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules() if part is not module
+    )
+    return parts, hooks, tuple((parameter.dtype, parameter.device) for parameter in module.parameters())
+
+
+def _extras(part: nn.Module) -> tuple[Any, ...]:
+    """Kinds of the plain attributes set on a module, a processor for instance, and its switches."""
+    return tuple(
+        value if isinstance(value, bool) else type(value)
+        for name, value in vars(part).items()
+        if not name.startswith("_") and name not in ("training", "forward")
+    )
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,167 @@
+"""What a routed block remembers under ``skip="reuse"``: each token's last updates, when they were made, and how old they are.
+
+A skipped token takes the update that its last ones, as a polynomial in the timestep, foretell. One :class:`Memory` per routed
+block and slot of a trajectory (``trajectory.py``); all writes are in place, so that compiled graphs and CUDA graphs see the same
+buffers at every step. Axes: B batch, N tokens, K kept tokens, D width, H = degree + 1 updates remembered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .plan import BlockPlan
+from .primitives import flat_rows, lay_along
+
+MAX_REACH = 2.0
+"""Extrapolation goes at most this many times the distance between a token's last two updates beyond the last one: further on a
+straight line says little, and few or uneven steps would blow it up."""
+
+_EPSILON = 1e-12
+
+
+class Memory(NamedTuple):
+    """updates: for each routed output, newest first, (H, B N, D) in the output's own order of batch and tokens. times: timesteps
+    of those updates, float32 (H, B, N). age: forwards since a token was last kept, float32 (B, N). rank: order in which tokens of
+    the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,)."""
+
+    updates: tuple[Tensor, ...]
+    times: Tensor
+    age: Tensor
+    rank: Tensor
+    now: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+        return sum(tensor.nbytes for tensor in (*self.updates, self.times, self.age))
+
+
+def allocate(plan: BlockPlan, values: list[Any], degree: int, rank: Tensor, now: Tensor) -> Memory:
+    """Empty memory for a block's call with these leaves."""
+    stream = values[plan.stream]
+    batch, num_tokens = stream.shape[plan.batch_axis], stream.shape[plan.token_axis]
+    updates = []
+    for output in plan.outputs:
+        if output.routed:
+            width = int(output.dims[-1])
+            updates.append(stream.new_zeros(degree + 1, batch * num_tokens, width))
+    times = torch.zeros(degree + 1, batch, num_tokens, device=stream.device)
+    return Memory(tuple(updates), times, torch.zeros(batch, num_tokens, device=stream.device), rank, now)
+
+
+def blank(plan: BlockPlan, values: list[Any]) -> Memory:
+    """Memory that foretells nothing, for a forward outside any trajectory: its skipped tokens bypass the block."""
+    num_tokens, device = values[plan.stream].shape[plan.token_axis], values[plan.stream].device
+    return allocate(plan, values, 0, torch.zeros(num_tokens, device=device), torch.zeros(1, device=device))
+
+
+def fits(memory: Memory, plan: BlockPlan, values: list[Any]) -> bool:
+    """Whether memory is of this call's batch, tokens, dtype and device."""
+    stream = values[plan.stream]
+    held = memory.updates[0]
+    shape = (stream.shape[plan.batch_axis], stream.shape[plan.token_axis])
+    return tuple(memory.age.shape) == shape and held.dtype == stream.dtype and held.device == stream.device
+
+
+def oldest_first(memory: Memory) -> Tensor:
+    """Priority of every token, float32 (B, N): its age, and among the same age its place in the interleaved order."""
+    return memory.age - memory.rank
+
+
+def older_and_higher(scores: Tensor, memory: Memory) -> Tensor:
+    """Priority of every token, float32 (B, N): a point for each forward since it was kept, and its router's score in (0, 1)."""
+    return memory.age + scores.sigmoid()
+
+
+def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_axis: int) -> Tensor:
+    """``x`` plus what the memory foretells of the update of each of its tokens, for routed output ``index``."""
+    history = memory.updates[index]
+    axes = (min(token_axis, batch_axis), max(token_axis, batch_axis))
+    rows = (x.shape[axes[0]], x.shape[axes[1]])
+    result = x
+    for update, weight in zip(history, _weights(memory.times, memory.now.unsqueeze(-1)), strict=True):
+        update = update.unflatten(0, rows).movedim((0, 1), axes)
+        result = (
+            result + update
+            if weight is None
+            else result + lay_along(weight, x, token_axis, batch_axis).to(x.dtype) * update
+        )
+    return result
+
+
+def foretell(updates: list[Tensor], times: Tensor, now: Tensor) -> Tensor:
+    """What updates (B, N, D), newest first, made at ``times`` (H, B, N) or so, foretell for the timestep ``now`` (1,) or (B,)."""
+    weights = _weights(times, now.unsqueeze(-1))
+    parts = (
+        update if weight is None else weight.unsqueeze(-1) * update
+        for update, weight in zip(updates, weights, strict=True)
+    )
+    return torch.stack(list(parts)).sum(dim=0)
+
+
+def _weights(times: Tensor, now: Tensor) -> list[Tensor | None]:
+    """Weight (B, N) of each remembered update: the Newton polynomial through them, at the present timestep.
+
+    A token with fewer different times than the degree asks for takes the polynomial of those that it has.
+    """
+    if len(times) == 1:
+        return [None]
+    ahead = now - times[0]
+    gap = times[0] - times[1]
+    reach = (MAX_REACH * gap).abs()
+    ahead = ahead.clamp(-reach, reach)
+    slope = _safe_divide(ahead, gap)
+    weights = [1 + slope, -slope]
+    if len(times) == 3:
+        gap2, span = times[1] - times[2], times[0] - times[2]
+        bend = _safe_divide(ahead * (ahead + gap), span) * (gap2.abs() > _EPSILON) * (gap.abs() > _EPSILON)
+        first, second = _safe_divide(bend, gap), _safe_divide(bend, gap2)
+        weights = [weights[0] + first, weights[1] - first - second, second]
+    return list(weights)
+
+
+def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Zero where the denominator is."""
+    empty = denominator.abs() <= _EPSILON
+    return torch.where(empty, 0.0, numerator / torch.where(empty, 1.0, denominator))
+
+
+@torch.no_grad()
+def remember_tokens(memory: Memory, kept: Tensor, updates: list[Tensor], axes: list[tuple[int, int]]) -> None:
+    """Note the updates of the kept tokens (B, K), one tensor for each routed output with its (token axis, batch axis)."""
+    for history, update, (token_axis, batch_axis) in zip(memory.updates, updates, axes, strict=True):
+        rows = _rows_of(kept, memory, token_axis, batch_axis)
+        order = (min(token_axis, batch_axis), max(token_axis, batch_axis))
+        values = update.detach().movedim(order, (0, 1)).flatten(0, 1)
+        for later in range(len(history) - 1, 0, -1):
+            history[later].index_copy_(0, rows, history[later - 1].index_select(0, rows))
+        history[0].index_copy_(0, rows, values.to(history.dtype))
+    times = memory.times
+    for later in range(len(times) - 1, 0, -1):
+        times[later].scatter_(1, kept, times[later - 1].gather(1, kept))
+    times[0].scatter_(1, kept, memory.now.unsqueeze(-1).expand(kept.shape))
+    memory.age.add_(1).scatter_(1, kept, 0.0)
+
+
+@torch.no_grad()
+def remember_all(memory: Memory, updates: list[Tensor], axes: list[tuple[int, int]], *, first: bool) -> None:
+    """Note the updates of all tokens after a dense call; ``first``: of a trajectory, so that nothing before counts."""
+    for history, update, (token_axis, batch_axis) in zip(memory.updates, updates, axes, strict=True):
+        order = (min(token_axis, batch_axis), max(token_axis, batch_axis))
+        values = update.detach().movedim(order, (0, 1)).flatten(0, 1)
+        for later in range(len(history) - 1, 0, -1):
+            history[later].copy_(values if first else history[later - 1])
+        history[0].copy_(values)
+    times = memory.times
+    for later in range(len(times) - 1, 0, -1):
+        times[later].copy_(memory.now.unsqueeze(-1).expand(times[0].shape) if first else times[later - 1])
+    times[0].copy_(memory.now.unsqueeze(-1).expand(times[0].shape))
+    memory.age.zero_()
+
+
+def _rows_of(kept: Tensor, memory: Memory, token_axis: int, batch_axis: int) -> Tensor:
+    batch, num_tokens = memory.age.shape
+    return flat_rows(kept, batch, num_tokens, batch_first=batch_axis < token_axis).flatten()

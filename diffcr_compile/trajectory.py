@@ -1,0 +1,142 @@
+"""Sampling trajectories, noticed from the timesteps alone: which forward continues which.
+
+Under ``skip="reuse"`` a forward may only take up updates of the same trajectory. One step after the other goes towards the
+data; several calls at one timestep (guidance in two calls, a corrector) are told apart by their order, each in a *slot* with a
+memory of its own. A timestep that turns back, or more calls at one timestep than there are slots, begins a new trajectory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory import Memory, allocate, fits
+from .plan import BlockPlan
+
+MAX_SLOTS = 4
+"""Calls at one timestep that are told apart."""
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """The trajectory that a thread is on.
+
+    now: the timestep of the forward under way, float32 (1,) or (B,). grid: size of the latents.
+    slot: its place among the calls at that timestep. first:
+    whether it is the first of its slot, and so dense. memories: by (slot, block).
+    """
+
+    now: Tensor = field(default_factory=lambda: torch.zeros(1))
+    grid: tuple[int, ...] = ()
+    slot: int = 0
+    first: bool = True
+    memories: dict[tuple[int, int], Memory] = field(default_factory=dict)
+    ranks: dict[Any, Tensor] = field(default_factory=dict)
+    _values: tuple[float, ...] = ()
+    _direction: int = 0
+    _shapes: dict[int, Any] = field(default_factory=dict)
+    _started: set[int] = field(default_factory=set)
+
+    def advance(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
+        """A forward at this timestep (a number, one value, or one per sample) on latents of this size begins. The host reads it."""
+        self.now = torch.as_tensor(timestep).detach().float()
+        self.now = self.now.reshape(len(self.now), -1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
+        self.grid = grid
+        before, self._values = self._values, tuple(self.now.tolist())
+        direction = _direction(before, self._values)
+        if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
+            self.slot += 1
+        elif direction in (1, -1) and self._direction in (0, direction):
+            self._direction, self.slot = direction, 0
+        else:
+            self._direction, self.slot = 0, 0
+            self._started.clear()
+        self.first = self.slot not in self._started
+        self._started.add(self.slot)
+
+    def recall(self, index: int, plan: BlockPlan, values: list[Any], degree: int) -> tuple[Memory, bool]:
+        """Memory of block ``index`` in this slot, made new if it does not fit the call, and whether it is empty."""
+        key = (self.slot, index)
+        memory = self.memories.get(key)
+        empty = self.first
+        if memory is None or not fits(memory, plan, values):
+            stream = values[plan.stream]
+            rank = self._rank(stream.shape[plan.token_axis], stream.device)
+            memory, empty = allocate(plan, values, degree, rank, self.now), True
+        self.memories[key] = memory
+        return memory._replace(now=self.now.to(memory.age.device)), empty
+
+    def recall_all(self, indices: list[int], shapes: Any) -> dict[int, tuple[Memory, bool]] | None:
+        """Memories of all blocks in this slot, for a graph of the whole model; None where inputs of these shapes have none yet."""
+        known, self._shapes[self.slot] = self._shapes.get(self.slot) == shapes, shapes
+        if not known or any((self.slot, index) not in self.memories for index in indices):
+            return None
+        memories = {index: self.memories[self.slot, index] for index in indices}
+        return {
+            index: (held._replace(now=self.now.to(held.age.device)), self.first) for index, held in memories.items()
+        }
+
+    def _rank(self, num_tokens: int, device: torch.device) -> Tensor:
+        key = (num_tokens, self.grid, device)
+        if key not in self.ranks:
+            self.ranks[key] = interleaved_rank(num_tokens, self.grid).to(device)
+        return self.ranks[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all blocks and slots in bytes."""
+        return sum(memory.nbytes for memory in self.memories.values())
+
+
+def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> int:
+    """1 or -1 where all timesteps rise or fall, 0 where they are the same, 2 where they do neither."""
+    if len(before) != len(after):
+        return 2
+    signs = {0 if math.isclose(a, b) else (1 if a > b else -1) for a, b in zip(after, before, strict=True)}
+    return signs.pop() if len(signs) == 1 else 2
+
+
+def interleaved_rank(num_tokens: int, grid: tuple[int, ...]) -> Tensor:
+    """Order in which to keep the tokens so that any run of it covers the picture evenly: float32 (N,) in [0, 1).
+
+    grid: (height, width) or (frames, height, width) of the latents; the tokens are taken for square patches of them, in raster
+    order, and ordered as in Bayer's dither matrix, so that the first half is a checkerboard and the first quarter one cell of each
+    2 x 2, shifted from frame to frame. Where no patch size fits: by multiples of the golden ratio along the sequence.
+    """
+    tokens = _token_grid(num_tokens, grid)
+    if tokens is None:
+        golden = (math.sqrt(5) - 1) / 2
+        keys = (torch.arange(num_tokens, dtype=torch.float64) * golden) % 1
+        return _ranks(keys)
+    frames, height, width = tokens
+    frame, row, column = torch.meshgrid(*(torch.arange(size) for size in (frames, height, width)), indexing="ij")
+    keys, row, column = torch.zeros(frames, height, width, dtype=torch.float64), row + frame, column + frame // 2
+    scale = 1.0
+    for level in range(max(height, width, 2).bit_length()):
+        bit_row, bit_column = (row >> level) & 1, (column >> level) & 1
+        scale /= 4
+        keys += scale * (2 * (bit_row ^ bit_column) + bit_row)
+    return _ranks(keys.flatten())
+
+
+def _token_grid(num_tokens: int, grid: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """(frames, height, width) of the tokens of latents of this size, or None."""
+    if len(grid) not in (2, 3):
+        return None
+    frames, height, width = (1, *grid) if len(grid) == 2 else grid
+    for patch in range(1, min(height, width) + 1):
+        for step in range(1, frames + 1):
+            sizes = (frames // step, height // patch, width // patch)
+            if height % patch == width % patch == frames % step == 0 and math.prod(sizes) == num_tokens:
+                return sizes
+    return None
+
+
+def _ranks(keys: Tensor) -> Tensor:
+    ranks = torch.empty(len(keys), dtype=torch.float64)
+    ranks[keys.argsort(stable=True)] = torch.arange(len(keys), dtype=torch.float64)
+    return (ranks / len(keys)).float()

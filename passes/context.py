@@ -1,0 +1,309 @@
+"""Full context: rewrite a block's own graph so that skipped tokens still give keys and values.
+
+Before, on the kept tokens alone (``program.py``)::
+
+    out = attend(q(x_kept), k(x_kept), v(x_kept))
+
+After, on all tokens where keys and values ask for them, on the kept ones everywhere else::
+
+    normed = norm(x)                              # keys and values need it: for all tokens
+    out = attend(q(take(normed)), k(normed), v(normed))
+
+Every node of the exported graph has two values, *full* and *kept*; each is written when something asks for it. Keys, values
+and the columns of masks ask for full; queries and outputs for kept. Where the full value is there anyway it is indexed, else
+the node is run on the kept values of its operands; sizes follow, being nodes themselves. A kept token then comes out as from the
+dense block, which ``prove_context`` holds the result to.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .. import primitives
+from ..arguments import map_leaves
+from ..context import ContextGraph
+from ..plan import BlockPlan
+from .analysis import Call, Refused, TensorInfo, log
+from .block import BlockAnalysis
+from .export import export_block
+from .tokens import plan_leaves, token_axis_of
+from .verify import Trial, first_line
+
+_aten = torch.ops.aten
+_SDPA = _aten.scaled_dot_product_attention.default
+_QUERY_FIRST = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.default: 1}
+"""Products with the position of the factor whose rows are queries, or attention weights; what follows it is keys or values."""
+
+
+def prove_context(block: BlockAnalysis) -> BlockAnalysis:
+    """Where the configuration asks for full context: fill in ``context_graph`` and ``plan.context``, or the reason why not.
+
+    Proved like the routed program itself: at batch three, other tokens for each sample, random parameters; every kept token equals
+    the dense block's result at that token.
+    """
+    plan = block.plan
+    assert plan is not None
+    if block.config.context == "kept":
+        return block
+    try:
+        trial = Trial(block)
+        graph = write_context(block)
+        failures = []
+        for form in dict.fromkeys((plan.lift, "vmap", "loop") if plan.lift != "direct" else (plan.lift,)):
+            candidate = replace(plan, context="all", lift=form)
+            try:
+                error = trial.check_context(candidate, graph)
+                return replace(block, plan=replace(candidate, error=max(error, plan.error)), context_graph=graph)
+            except Exception as error:  # a form that does not fit raises whatever the block's code does
+                failures.append(f"{form}: {first_line(error)}")
+        raise Refused("; ".join(failures))
+    except Refused as refused:
+        note = f"keys and values from kept tokens only: {refused}"
+        log.info("%s: %s", block.fqn, note)
+        return replace(block, plan=replace(plan, context_note=note))
+
+
+def rebuild_context(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
+    """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused."""
+
+    def describe(_: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = None if leaf.dtype.is_floating_point or leaf.dtype.is_complex else leaf
+        return TensorInfo(tuple(leaf.shape), leaf.dtype, known)
+
+    arguments = map_leaves(describe, bound)
+    call = Call(fqn, arguments, plan.output_template, 0)
+    branch = plan.is_branch
+    block = BlockAnalysis(module, fqn, call, config, attention=plan.attention, is_branch=branch)
+    block = export_block(block)
+    dims = block.leaf_dims[plan.stream]
+    token, batch = dims[plan.token_axis], dims[plan.batch_axis]
+    block = replace(block, token_symbols=frozenset(token.free_symbols))
+    block = plan_leaves(replace(block, stream=plan.stream, token=token, batch=batch))
+    return write_context(block)
+
+
+def write_context(block: BlockAnalysis) -> ContextGraph:
+    """The rewritten graph. Refuses graphs with operators that write in place, or whose tokens can't be told apart."""
+    assert block.program is not None
+    program = block.program
+    if _writes(program.graph):
+        program = program.run_decompositions({})
+        if _writes(program.graph):
+            raise Refused("its graph writes into its inputs")
+    return _Writer(block, program).write()
+
+
+def _writes(graph: fx.Graph) -> bool:
+    return any(
+        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in graph.nodes
+    )
+
+
+class _Writer:
+    """Writes the graph on demand; ``full`` and ``kept`` give a node's two values."""
+
+    def __init__(self, block: BlockAnalysis, program: ExportedProgram) -> None:
+        self.block, self.source = block, program.graph
+        self.graph = fx.Graph()
+        self._full: dict[fx.Node, Any] = {}
+        self._kept: dict[fx.Node, Any] = {}
+        self._places: dict[Any, fx.Node] = {}
+        signature = program.graph_signature
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            raise Refused("its graph writes into its inputs or buffers")
+        nodes = {node.name: node for node in program.graph.nodes}
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.attributes = tuple(name.removeprefix("block.") for name in held.values())
+        self.constants = tuple(program.constants[name] for name in signature.inputs_to_lifted_tensor_constants.values())
+        for name in (*held, *signature.inputs_to_lifted_tensor_constants):
+            self._full[nodes[name]] = self.graph.placeholder(name)
+        self.positions = self.graph.placeholder("kept")
+        self.outputs = [nodes[name] for name in signature.user_outputs if name is not None]
+        self._place_leaves([nodes[name] for name in signature.user_inputs if name is not None])
+        self.following = self._find_following()
+        self.asked_full = self._find_asked_full()
+
+    def _place_leaves(self, inputs: list[fx.Node]) -> None:
+        remaining = iter(inputs)
+        tensors = [
+            (leaf, next(remaining)) for leaf, (_, info) in zip(self.block.leaves, self.block.call_leaves, strict=True)
+            if isinstance(info, TensorInfo)
+        ]  # fmt: skip
+        self.leaf_nodes: dict[int, fx.Node] = {}
+        for leaf, node in tensors:
+            self._full[node] = self.graph.placeholder(leaf.name)
+            self.leaf_nodes[self.block.leaves.index(leaf)] = self._full[node]
+        for leaf, node in tensors:
+            self._kept[node] = self.graph.placeholder(f"{leaf.name}_kept") if leaf.token_axes else self._full[node]
+        self.moving = {node for leaf, node in tensors if leaf.token_axes}
+
+    def write(self) -> ContextGraph:
+        results = [
+            self.kept(node) if plan.routed else self.full(node)
+            for node, plan in zip(self.outputs, self.block.outputs, strict=True)
+        ]
+        self.graph.output(tuple(results))
+        self.graph.lint()
+        return ContextGraph(fx.GraphModule({}, self.graph, class_name="Context"), self.attributes, self.constants)
+
+    def full(self, node: fx.Node) -> Any:
+        """The node's value for all tokens."""
+        if node not in self._full:
+            self._full[node] = self._copy(node, self.full)
+        return self._full[node]
+
+    def kept(self, node: fx.Node) -> Any:
+        """The node's value for the kept tokens: in a product of queries with keys, the rows."""
+        if node not in self.following:
+            return self.full(node)
+        if node not in self._kept:
+            self._kept[node] = self._write_kept(node)
+        return self._kept[node]
+
+    def _write_kept(self, node: fx.Node) -> Any:
+        block, target = self.block, node.target
+        dims = self._dims(node)
+        if target is _SDPA:
+            operands: list[Any] = list(node.args)
+            if operands[5:] and operands[5]:
+                raise Refused("causal attention: its queries have places")
+            parts = [self.kept(operands[0]), *map(self.full, operands[1:3]), *map(self._rows, operands[3:4])]
+            args = (*parts, *operands[4:])
+            kwargs = {name: self._rows(arg) if name == "attn_mask" else arg for name, arg in node.kwargs.items()}
+            return self._emit(node, args, kwargs)
+        if dims is not None and not any(block.token in size.free_symbols for size in dims):
+            return self.full(node)
+        if target in _QUERY_FIRST and self._mixes(node):
+            split = _QUERY_FIRST[target] + 1
+            queries, keys = node.args[:split], node.args[split:]
+            args = (*fx.map_arg(queries, self.kept), *fx.map_arg(keys, self.full))
+            return self._emit(node, args, dict(node.kwargs))
+        if node in self.asked_full and (place := self._token_place(node)) is not None:
+            return self._take(self.full(node), *place)
+        if dims is not None and self._is_table(dims):
+            return self._copy(node, self._in_table)
+        return self._copy(node, self.kept)
+
+    def _mixes(self, node: fx.Node) -> bool:
+        """Whether a product contracts over tokens, or has keys for columns."""
+        place = _QUERY_FIRST[node.target]  # type: ignore[index]
+        contracted = self._dims(node.args[place])[-1]
+        return any(self.block.token in size.free_symbols for size in (contracted, self._dims(node)[-1]))
+
+    def _is_table(self, dims: Any) -> bool:
+        """Whether a value has queries for rows and keys for columns."""
+        return len(dims) >= 2 and all(self.block.token in size.free_symbols for size in dims[-2:])
+
+    def _in_table(self, operand: fx.Node) -> Any:
+        """An operand of a table of queries and keys: rows kept, columns full."""
+        dims = self._dims(operand)
+        if operand in self.following and dims is not None and self._is_table(dims) and operand.op != "placeholder":
+            return self.kept(operand)
+        return self._rows(operand)
+
+    def _rows(self, operand: Any) -> Any:
+        """Full columns and kept rows of a mask."""
+        if not isinstance(operand, fx.Node) or operand not in self.following:
+            return self.full(operand) if isinstance(operand, fx.Node) else operand
+        dims = self._dims(operand)
+        if dims is None or len(dims) < 2 or self.block.token not in dims[-2].free_symbols:
+            return self.full(operand)
+        batch_axes = [axis for axis, size in enumerate(dims[:-2]) if size == self.block.batch or size == 1]
+        if not batch_axes:
+            raise Refused("an attention mask without a batch axis has tokens for rows")
+        return self._take(self.full(operand), len(dims) - 2, batch_axes[0], dims[-2])
+
+    def _token_place(self, node: fx.Node) -> tuple[int, int, Any] | None:
+        """(token axis, batch axis, length) of a value that can be indexed by the kept positions."""
+        dims = self._dims(node)
+        if dims is None or self.block.batch not in dims:
+            return None
+        axes = [axis for axis, size in enumerate(dims) if self.block.token in size.free_symbols]
+        if len(axes) != 1:
+            return None
+        try:
+            token_axis_of(self.block, axes[0], dims[axes[0]], node.name)
+        except Refused:
+            return None
+        return axes[0], dims.index(self.block.batch), dims[axes[0]]
+
+    def _take(self, value: fx.Node, token_axis: int, batch_axis: int, size: Any) -> fx.Node:
+        return self.graph.call_function(
+            primitives.take_tokens, (value, self._positions(token_axis, size), token_axis, batch_axis)
+        )
+
+    def _positions(self, axis: int, size: Any) -> fx.Node:
+        """The kept positions along an axis of this length: within a joint sequence, beside the other tokens."""
+        if size not in self._places:
+            place = token_axis_of(self.block, axis, size, "a value of its graph")
+            if not place.joint:
+                self._places[size] = self.positions
+            else:
+                before, after = (self._length(sizes) for sizes in (place.before, place.after))
+                stream = self.block.stream
+                axes = self.block.leaves[stream].token_axes
+                num_tokens = self.graph.call_method("size", (self.leaf_nodes[stream], axes[0].axis))
+                args = (self.positions, before, num_tokens, after)
+                self._places[size] = self.graph.call_function(primitives.place_indices, args)
+        return self._places[size]
+
+    def _length(self, sizes: tuple[tuple[int, int], ...]) -> Any:
+        total: Any = 0
+        for index, axis in sizes:
+            size = self.graph.call_method("size", (self.leaf_nodes[index], axis))
+            total = size if isinstance(total, int) else self.graph.call_function(operator.add, (total, size))
+        return total
+
+    def _copy(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> fx.Node:
+        if node.op != "call_function":
+            raise Refused(f"its graph holds a {node.op} node")
+        if not isinstance(node.target, torch._ops.OpOverload) and node.target not in _PLAIN:
+            raise Refused(f"its graph calls {node.target}")
+        return self._emit(node, fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of))
+
+    def _emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        return self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+
+    def _find_following(self) -> set[fx.Node]:
+        """Nodes that depend on an input that follows the tokens."""
+        found = set(self.moving)
+        for node in self.source.nodes:
+            if any(operand in found for operand in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def _find_asked_full(self) -> set[fx.Node]:
+        """Nodes that keys, values or masks are made from."""
+        stack: list[Any] = []
+        for node in self.source.nodes:
+            if node.target is _SDPA:
+                stack += [node.args[1], node.args[2]]
+            elif node.target in _QUERY_FIRST and node in self.following and self._mixes(node):
+                stack += node.args[_QUERY_FIRST[node.target] + 1 :]
+        found: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if isinstance(node, fx.Node) and node not in found:
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def _dims(self, node: Any) -> Any:
+        """Shape of a tensor node; None for sizes and for several tensors."""
+        return self.block.dims(node) if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) else None
+
+
+_PLAIN: tuple[Any, ...] = (
+    operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg, torch.sym_max, torch.sym_min,
+)  # fmt: skip
+"""Functions on sizes and sequences that an exported graph may call."""

@@ -1,0 +1,88 @@
+"""Trajectories are noticed from timesteps alone, and the order in which tokens take turns covers the picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffcr_compile.trajectory import MAX_SLOTS, Trajectory, interleaved_rank
+
+
+def follow(*steps: float) -> list[tuple[int, bool]]:
+    """(slot, first of its slot) of each forward."""
+    trajectory, seen = Trajectory(), []
+    for step in steps:
+        trajectory.advance(step, ())
+        seen.append((trajectory.slot, trajectory.first))
+    return seen
+
+
+def test_steps_towards_the_data_continue() -> None:
+    assert follow(999, 500, 1) == [(0, True), (0, False), (0, False)]
+
+
+def test_rising_timesteps_are_a_trajectory_too() -> None:
+    assert follow(0.0, 0.3, 0.9) == [(0, True), (0, False), (0, False)]
+
+
+def test_turning_back_begins_a_new_one() -> None:
+    assert follow(999, 500, 1, 999, 500) == [(0, True), (0, False), (0, False), (0, True), (0, False)]
+
+
+def test_calls_at_one_timestep_have_slots_of_their_own() -> None:
+    assert follow(999, 999, 500, 500) == [(0, True), (1, True), (0, False), (1, False)]
+
+
+def test_a_slot_met_late_starts_empty() -> None:
+    assert follow(999, 500, 500, 1, 1) == [(0, True), (0, False), (1, True), (0, False), (1, False)]
+
+
+def test_one_step_samplers_never_continue() -> None:
+    seen = follow(*[999.0] * (3 * MAX_SLOTS))
+    assert all(first for _, first in seen)
+    assert max(slot for slot, _ in seen) == MAX_SLOTS - 1
+
+
+def test_samples_that_part_ways_begin_a_new_one() -> None:
+    trajectory, firsts = Trajectory(), []
+    for values in ([9.0, 9.0], [8.0, 7.0], [7.0, 8.0], [6.0, 7.0]):
+        trajectory.advance(torch.tensor(values), ())
+        firsts.append(trajectory.first)
+    assert firsts == [True, False, True, False]
+
+
+def test_another_batch_size_begins_a_new_one() -> None:
+    trajectory = Trajectory()
+    trajectory.advance(torch.tensor([9.0, 9.0]), ())
+    trajectory.advance(torch.tensor([8.0]), ())
+    assert trajectory.first
+
+
+def picture(rank: torch.Tensor, share: float, height: int, width: int) -> torch.Tensor:
+    return (rank.reshape(height, width) < share).long()
+
+
+def test_the_first_half_is_a_checkerboard() -> None:
+    half = picture(interleaved_rank(64, (16, 16)), 0.5, 8, 8)
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    assert torch.equal(half, (rows + columns + 1) % 2)
+
+
+def test_the_first_quarter_has_one_in_each_cell() -> None:
+    quarter = picture(interleaved_rank(64, (8, 8)), 0.25, 8, 8)
+    assert (quarter.unfold(0, 2, 2).unfold(1, 2, 2).sum(dim=(2, 3)) == 1).all()
+
+
+def test_frames_are_shifted_against_each_other() -> None:
+    frames = (interleaved_rank(2 * 16, (2, 8, 8)).reshape(2, 4, 4) < 0.5).long()
+    assert (frames[0] + frames[1] == 1).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 63, 100])
+def test_every_run_covers_a_sequence_evenly(num_tokens: int) -> None:
+    """Without a grid: any half holds no more than a few neighbours in a row."""
+    rank = interleaved_rank(num_tokens, ())
+    assert sorted(rank.tolist()) == pytest.approx([i / num_tokens for i in range(num_tokens)], abs=1e-6)
+    kept = "".join("1" if value < 0.5 else "0" for value in rank.tolist())
+    assert "0000" not in kept
+    assert "0000" not in kept.replace("1", "x").replace("0", "1").replace("x", "0")

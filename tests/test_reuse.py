@@ -1,0 +1,287 @@
+"""``skip="reuse"`` and ``context="all"``: the laws, over trajectories of tiny models whose samples keep different tokens."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    Shape,
+    TinyDiT,
+    original,
+    relative_error,
+    routed_fqns,
+    same_bits,
+    tensors_of,
+    tiny_inputs,
+    watch_blocks,
+)
+from torch import Tensor
+
+import diffcr_compile
+from diffcr_compile import DiffCRConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
+
+PLAIN = Shape("plain", depth=2, heads=2, head_dim=6, masked=True)
+SHAPES = (PLAIN, Shape("rotary", depth=2, heads=2, head_dim=8), Shape("joint", depth=2, heads=1, head_dim=8))
+STEPS = (990.0, 700.0, 450.0, 200.0, 10.0)
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def _transformed(shape: Shape, options: tuple[tuple[str, Any], ...]) -> TinyDiT:
+    return diffcr_compile.transform(original(shape), DiffCRConfig(**dict(options)), example_inputs=tiny_inputs(shape))
+
+
+def transformed(shape: Shape = PLAIN, **options: Any) -> TinyDiT:
+    """A copy of a model transformed once with these options."""
+    return copy.deepcopy(_transformed(shape, tuple(sorted(options.items()))))
+
+
+def sample(model: TinyDiT, shape: Shape = PLAIN, steps: tuple[float, ...] = STEPS, **options: Any) -> list[Tensor]:
+    """Outputs along a trajectory; the tokens change a little from step to step."""
+    outputs = []
+    with torch.no_grad():
+        for step in steps:
+            inputs = tiny_inputs(shape, timestep=step, **options)
+            inputs["x"] = inputs["x"] * (1 + step / 1000)
+            outputs.append(model(**inputs))
+    return outputs
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind)
+def test_with_full_context_a_kept_token_equals_the_dense_block(shape: Shape) -> None:
+    model = transformed(shape, context="all")
+    assert all(family.context == "all" for family in diffcr_compile.explain(model).plan.families)
+    diffcr_compile.set_ratios(model, 0.5)
+    plain = original(shape)
+    with torch.no_grad(), watch_blocks(model, routed_fqns(model)) as calls, diffcr_compile.trace(model) as seen:
+        model(**tiny_inputs(shape))
+    for call in calls:
+        kept = seen.kept[call.fqn][0]
+        assert len({tuple(row) for row in kept.tolist()}) > 1
+        with torch.no_grad():
+            expected = tensors_of(plain.get_submodule(call.fqn)(*call.args, **call.kwargs))
+        found = tensors_of(call.output)
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if index == 0:
+                places = kept.unsqueeze(-1).expand(-1, -1, one.shape[-1])
+                skipped = torch.ones(one.shape[:2], dtype=torch.bool).scatter(1, kept, False)
+                assert torch.equal(one[skipped], call.args[0][skipped])
+                one, other = one.gather(1, places), other.gather(1, places)
+            assert relative_error(one, other) < TOLERANCE
+
+
+@pytest.mark.parametrize("context", ["kept", "all"])
+def test_the_first_step_is_dense_and_zero_is_the_original(context: str) -> None:
+    model, plain = transformed(skip="reuse", context=context), original(PLAIN)
+    assert all(same_bits(a, b) for a, b in zip(sample(model), sample(plain), strict=True))
+    diffcr_compile.set_ratios(model, 0.5)
+    outputs, expected = sample(model), sample(plain)
+    assert same_bits(outputs[0], expected[0])
+    assert not same_bits(outputs[1], expected[1])
+
+
+def test_a_new_trajectory_begins_anew() -> None:
+    model = transformed(skip="reuse", context="all", selection="turn")
+    diffcr_compile.set_ratios(model, 0.6)
+    first, second = sample(model), sample(model)
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_reset_begins_anew_at_once() -> None:
+    model = transformed(skip="reuse")
+    diffcr_compile.set_ratios(model, 0.6)
+    sample(model, steps=(900.0,))
+    diffcr_compile.reset(model)
+    assert same_bits(sample(model, steps=(700.0,))[0], sample(original(PLAIN), steps=(700.0,))[0])
+
+
+@pytest.mark.parametrize("selection", ["turn", "score and turn"])
+def test_every_token_is_refreshed_within_a_bounded_number_of_steps(selection: str) -> None:
+    model = transformed(skip="reuse", selection=selection)
+    diffcr_compile.set_ratios(model, 0.75)
+    with diffcr_compile.trace(model) as seen:
+        sample(model, steps=tuple(float(step) for step in range(990, 100, -50)))
+    for calls in seen.kept.values():
+        num_tokens, k = calls[0].shape[1], calls[1].shape[1]
+        period = -(-num_tokens // k) + (selection != "turn")
+        for start in range(1, len(calls) - period):
+            for row in range(calls[0].shape[0]):
+                together = torch.cat([call[row] for call in calls[start : start + period]])
+                assert len(together.unique()) == num_tokens
+
+
+def test_skipped_tokens_take_the_last_update_to_the_bit() -> None:
+    model = transformed(skip="reuse", extrapolation=0)
+    diffcr_compile.set_ratios(model, 0.5)
+    updates: dict[str, Tensor] = {}
+    for step in STEPS:
+        inputs = tiny_inputs(PLAIN, timestep=step)
+        with torch.no_grad(), watch_blocks(model, routed_fqns(model)) as calls, diffcr_compile.trace(model) as seen:
+            model(**inputs)
+        for call in calls:
+            (output,), x, kept = tensors_of(call.output), call.args[0], seen.kept[call.fqn][0]
+            skipped = torch.ones(x.shape[:2], dtype=torch.bool).scatter(1, kept, False)
+            if call.fqn in updates:
+                assert torch.equal(output[skipped], (x + updates[call.fqn])[skipped])
+            fresh = output - x
+            fresh[skipped] = updates.get(call.fqn, fresh)[skipped]
+            updates[call.fqn] = fresh
+
+
+def test_samples_are_independent() -> None:
+    """Law 5: a permuted batch gives the permuted result, all along a trajectory."""
+    model = transformed(skip="reuse", context="all", selection="score and turn")
+    diffcr_compile.set_ratios(model, 0.5)
+    order = torch.tensor([2, 0, 1])
+    permuted = []
+    straight = sample(model)
+    diffcr_compile.reset(model)
+    for step in STEPS:
+        inputs = tiny_inputs(PLAIN, timestep=step)
+        inputs["x"] = inputs["x"] * (1 + step / 1000)
+        with torch.no_grad():
+            permuted.append(model(**{name: value[order] for name, value in inputs.items()}))
+    assert all(relative_error(b, a[order]) < TOLERANCE for a, b in zip(straight, permuted, strict=True))
+
+
+def test_guidance_in_two_calls_equals_guidance_in_a_batch() -> None:
+    model = transformed(skip="reuse", context="all", selection="turn")
+    diffcr_compile.set_ratios(model, 0.5)
+    together = sample(model)
+    diffcr_compile.reset(model)
+    apart = []
+    for step in STEPS:
+        inputs = tiny_inputs(PLAIN, timestep=step)
+        inputs["x"] = inputs["x"] * (1 + step / 1000)
+        with torch.no_grad():
+            parts = [model(**{name: value[i : i + 1] for name, value in inputs.items()}) for i in range(3)]
+        apart.append(torch.cat(parts))
+    assert all(relative_error(b, a) < TOLERANCE for a, b in zip(together, apart, strict=True))
+
+
+def test_threads_do_not_share_a_trajectory() -> None:
+    model = transformed(skip="reuse", context="all", selection="turn")
+    diffcr_compile.set_ratios(model, 0.5)
+    expected = {seed: sample(model, seed=seed)[-1] for seed in (1, 2)}
+    found: dict[int, Tensor] = {}
+
+    def run(seed: int) -> None:
+        found[seed] = sample(model, seed=seed)[-1]
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same_bits(found[seed], expected[seed]) for seed in expected)
+
+
+@pytest.mark.parametrize("scope", ["regional", "full"])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: shape.kind)
+def test_lowered_equals_eager(scope: str, shape: Shape) -> None:
+    torch._dynamo.reset()
+    model = transformed(shape, skip="reuse", context="all", selection="turn")
+    diffcr_compile.set_ratios(model, [[0.2, 0.5], [0.5, 0.5], [0.5, 0.0], [0.2, 0.0]])
+    eager = copy.deepcopy(model)
+    diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+    for _ in range(2):
+        pairs = list(zip(sample(model, shape), sample(eager, shape), strict=True))
+        assert all(relative_error(a, b) < TOLERANCE for a, b in pairs)
+
+
+def test_cost_reports_the_memory() -> None:
+    model = transformed(skip="reuse", extrapolation=1)
+    inputs = tiny_inputs(PLAIN)
+    assert diffcr_compile.cost(model, inputs).memory_bytes == 0
+    diffcr_compile.set_ratios(model, 0.5)
+    batch, num_tokens = inputs["x"].shape[:2]
+    per_block = 2 * batch * num_tokens * PLAIN.width * 4 + 2 * batch * num_tokens * 4 + batch * num_tokens * 4
+    assert diffcr_compile.cost(model, inputs).memory_bytes == len(routed_fqns(model)) * per_block
+
+
+def test_full_context_costs_more_than_kept_and_less_than_dense() -> None:
+    shares = []
+    for context in ("kept", "all"):
+        model = transformed(context=context)
+        diffcr_compile.set_ratios(model, 0.5)
+        shares.append(diffcr_compile.cost(model, tiny_inputs(PLAIN)).share)
+    assert shares[0] < shares[1] < 1
+
+
+def test_a_replaced_submodule_is_not_passed_by() -> None:
+    """An adapter put on a layer after ``transform`` is in the result: the graph is rewritten."""
+    model = transformed(context="all")
+    diffcr_compile.set_ratios(model, 0.5)
+    before = sample(model, steps=(500.0,))[0]
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + 0.5 * x
+
+    for block in model.blocks:
+        block.stream.out = Adapted(block.stream.out)  # type: ignore[union-attr]
+    assert relative_error(sample(model, steps=(500.0,))[0], before) > 1e-3
+
+
+def test_dtype_and_artefact(tmp_path: Any) -> None:
+    """``half`` after ``transform``, and ``load`` without inputs, both write the graph anew."""
+    model = transformed(skip="reuse", context="all", selection="turn")
+    diffcr_compile.set_ratios(model, 0.5)
+    expected = sample(model)
+    diffcr_compile.save(model, tmp_path / "routing")
+    loaded = diffcr_compile.load(original(PLAIN), tmp_path / "routing")
+    assert all(same_bits(a, b) for a, b in zip(sample(loaded), expected, strict=True))
+    half = sample(model.to(torch.bfloat16), dtype=torch.bfloat16)
+    assert all(output.dtype == torch.bfloat16 for output in half)
+    assert relative_error(half[-1].float(), expected[-1]) < 0.1
+
+
+def test_calibrate_without_training_prefers_the_steps_and_blocks_that_suffer_least() -> None:
+    model = transformed(skip="reuse", context="all", selection="turn")
+    with diffcr_compile.record(model) as batches:
+        sample(model, steps=tuple(float(step) for step in range(990, 0, -60)))
+    report = diffcr_compile.calibrate(model, batches, budget=0.7)
+    assert 0.7 * 0.99 <= report.share <= 0.7
+    assert not report.history
+    uniform = transformed(skip="reuse", context="all", selection="turn")
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        diffcr_compile.set_ratios(uniform, middle)
+        low, high = (middle, high) if diffcr_compile.cost(uniform, tiny_inputs(PLAIN)).share > 0.7 else (low, middle)
+    diffcr_compile.set_ratios(uniform, high)
+    dense = sample(original(PLAIN))
+    errors = [sum(relative_error(a, b) for a, b in zip(sample(each), dense, strict=True)) for each in (model, uniform)]
+    assert errors[0] < errors[1]
+
+
+def test_learning_needs_single_steps() -> None:
+    model = transformed(skip="reuse")
+    config = diffcr_compile.CalibrationConfig(steps=2)
+    with pytest.raises(diffcr_compile.UnsupportedError, match="training-free"):
+        diffcr_compile.calibrate(model, [tiny_inputs(PLAIN)], budget=0.9, config=config)
+
+
+def test_batches_out_of_order_are_refused() -> None:
+    model = transformed(skip="reuse")
+    with pytest.raises(diffcr_compile.CalibrationError, match="order of sampling"):
+        diffcr_compile.calibrate(model, [tiny_inputs(PLAIN)], budget=0.9)
+
+
+def test_plain_compile_is_refused_by_name() -> None:
+    torch._dynamo.reset()
+    model = transformed(skip="reuse")
+    diffcr_compile.set_ratios(model, 0.5)
+    with pytest.raises(Exception, match=r"diffcr_compile\.lower"):
+        torch.compile(model, backend="eager", fullgraph=True)(**tiny_inputs(PLAIN))
