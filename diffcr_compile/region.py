@@ -126,10 +126,10 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         state.sync_with_masters()
     if state.current.pinned:
         return None
+    if not (state.learning or state.varies_by_region or state.config.skip == "reuse"):
+        return None
     bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
     follow_trajectory(model, state, bound)
-    if not (state.learning or state.varies_by_region):
-        return None
     regions = resolve_regions(model, state, bound)
     state.current.split = None
     state.current.region = state.last_region = regions[0]

@@ -155,6 +155,7 @@ class ModelRouting(_Whole):
     integers were last taken from it. learning: two-bin forwards; dense: every block as it was. trained: the routers have
     been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with. costs: the
     cost model on the inputs last measured. rebuild: rewrites a block's graph for full context where its modules have changed.
+    outlined: how to give a graph module its one flat graph back.
     observers: called with each block's name and kept tokens (B, K).
     """
 
@@ -173,6 +174,7 @@ class ModelRouting(_Whole):
     lowered: Any = None
     example_inputs: dict[str, Any] = field(default_factory=dict)
     rebuild: Callable[..., ContextGraph] | None = None
+    outlined: Any = None
     costs: Any = None
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
 

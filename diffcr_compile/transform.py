@@ -15,6 +15,7 @@ from .errors import AlreadyTransformedError, NotTransformedError
 from .passes.analysis import ModelAnalysis, run_passes
 from .passes.blocks import find_blocks
 from .passes.capture import capture_calls
+from .passes.outline import outline_blocks
 from .passes.route import plan_model, route_blocks
 from .passes.timestep import find_timestep
 from .passes.weigh import drop_small_families
@@ -85,11 +86,13 @@ class _Search:
 
     def __call__(self, model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> None:
         owed, state.deferred = state.deferred, None
+        state.outlined = outlined = outline_blocks(model)
         try:
             analysis = run_passes(PASSES, ModelAnalysis(model, state.config, inputs, self.filter_fn))
             route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
             state.example_inputs = describe_inputs(inputs)
         except Exception:
+            outlined.undo()
             if owed is not None:
                 restore(model)
             raise
@@ -108,6 +111,8 @@ def restore(model: nn.Module) -> nn.Module:
         state.lowered.remove(model)
     for block in state.blocks:
         unbind(model.get_submodule(block.fqn))
+    if state.outlined is not None:
+        state.outlined.undo()
     remove_region_hooks(model)
     del model.__dict__[STATE]
     return model

@@ -6,6 +6,8 @@
 Every row of the table starts from the same noise and the same labels, compiled in the same way:
 
 * dense: the model as it was trained; and with fewer sampling steps, the rival that needs no method at all.
+* training-free: tokens take turns, the others reuse their last updates, extrapolated; the table is chosen by `calibrate` from one
+  dense sampling of other pictures. Nothing is trained.
 * DiffCR: routers, ratios and weights learned by `calibrate` under the budget.
 * uniform, same weights: that very model, with one ratio in all blocks and regions that costs the same FLOPs.
 * uniform, trained alike (with `--alike`, which takes twice the time): one ratio from the start, and as many steps on the same
@@ -30,11 +32,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import diffcr_compile
-from diffcr_compile import CalibrationConfig, CalibrationReport
+from diffcr_compile import CalibrationConfig, CalibrationReport, DiffCRConfig
 
 NUM_REFERENCES = 1000  # held-out pictures that the Fréchet distance is taken to
 NUM_TRACED = 10  # pictures that are made again to see which tokens were kept
 THOUSANDTHS = 1000  # ratios are counted in them
+
+REUSE = DiffCRConfig(skip="reuse", context="all", selection="turn", num_regions=10)
+NUM_RECORDED = 4  # pictures whose sampling is recorded to choose the training-free table
 
 RATIO_TRAVEL = 2.0
 """How far a ratio may move in one calibration, in sum over the steps: enough to skip a whole block, and no faster than needed."""
@@ -79,6 +84,18 @@ def calibrate_model(
     return diffcr_compile.lower(model, scope="regional"), report
 
 
+def choose_tables(settings: Settings, inputs: dict[str, Tensor]) -> tuple[nn.Module, dict[float, CalibrationReport]]:
+    """The trained DiT with reuse, lowered, and a table for each budget, chosen from one dense sampling."""
+    model = diffcr_compile.transform(digits.load_model(), REUSE, example_inputs=inputs)
+    labels = torch.arange(NUM_RECORDED) % digits.NUM_CLASSES
+    with diffcr_compile.record(model) as batches:
+        digits.sample(
+            model, labels, steps=settings.sampling_steps, generator=torch.Generator().manual_seed(settings.seed + 3)
+        )
+    reports = {budget: diffcr_compile.calibrate(model, batches, budget=budget) for budget in settings.budgets}
+    return diffcr_compile.lower(model, scope="regional"), reports
+
+
 def uniform_ratio(model: nn.Module, budget: float) -> float:
     """The smallest ratio, in thousandths, that costs at most ``budget`` where all blocks and regions have it."""
     before = diffcr_compile.ratios(model)
@@ -99,7 +116,9 @@ def build_variants(settings: Settings) -> tuple[list[Variant], dict[float, Calib
     )
     nothing = diffcr_compile.ratios(dense)
     variants, reports = [Variant("dense", dense, nothing, settings.sampling_steps)], {}
+    reusing, chosen = choose_tables(settings, batches[0])
     for budget in settings.budgets:
+        print(f"\n{chosen[budget]}")
         print(f"\ncalibrating for {budget:.0%} of the dense FLOPs")
         model, reports[budget] = calibrate_model(budget, batches, settings.calibration)
         print(reports[budget])
@@ -107,6 +126,7 @@ def build_variants(settings: Settings) -> tuple[list[Variant], dict[float, Calib
         fewer = round(budget * settings.sampling_steps)
         variants += [
             Variant(f"dense, {fewer} of {settings.sampling_steps} steps", dense, nothing, fewer),
+            Variant(f"training-free {budget:.0%}", reusing, chosen[budget].table, settings.sampling_steps),
             Variant(f"DiffCR {budget:.0%}", model, reports[budget].table, settings.sampling_steps),
             Variant(f"uniform {budget:.0%}, same weights", model, uniform, settings.sampling_steps),
         ]
@@ -123,7 +143,7 @@ def generate(variants: list[Variant], settings: Settings) -> list[Run]:
     noise = torch.randn(len(labels), 1, digits.CANVAS_SIZE, digits.CANVAS_SIZE, generator=generator)
     parts = list(zip(labels.split(settings.sampling_batch), noise.split(settings.sampling_batch), strict=True))
     for variant in tqdm(variants, desc="compiling", leave=False):
-        run_variant(dataclasses.replace(variant, steps=variant.table.shape[0]), *parts[0])  # one step in each region
+        run_variant(dataclasses.replace(variant, steps=2 * variant.table.shape[0]), *parts[0])  # steps in each region
     images: list[list[Tensor]] = [[] for _ in variants]
     seconds: list[list[float]] = [[] for _ in variants]
     for part in tqdm(parts, desc="sampling", leave=False):
@@ -151,7 +171,7 @@ def measure(variants: list[Variant], runs: list[Run], settings: Settings) -> lis
     results = []
     for variant, run in zip(variants, runs, strict=True):
         diffcr_compile.set_ratios(variant.model, variant.table)
-        share = diffcr_compile.cost(variant.model).share * variant.steps / settings.sampling_steps
+        share = flops_of(variant) / flops_of(variants[0])
         results.append(
             Result(
                 name=variant.name,
@@ -163,6 +183,18 @@ def measure(variants: list[Variant], runs: list[Run], settings: Settings) -> lis
             )
         )
     return results
+
+
+def flops_of(variant: Variant) -> int:
+    """FLOPs of sampling one picture: each step at what its timestep region costs, the first of a trajectory dense with reuse."""
+    cost = diffcr_compile.cost(variant.model)
+    scheduler = digits.build_scheduler()
+    scheduler.set_timesteps(variant.steps)
+    regions = [
+        int(step) * len(cost.routed_flops) // scheduler.config.num_train_timesteps for step in scheduler.timesteps
+    ]
+    flops = [cost.routed_flops[region] for region in regions]
+    return sum(flops[1:]) + (cost.dense_flops if cost.memory_bytes else flops[0])
 
 
 @torch.no_grad()

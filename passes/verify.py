@@ -42,8 +42,9 @@ TOLERANCE = 2e-4
 """Largest error, as a share of the largest value, in float32. Rounding stays below 1e-5; a rotary table that is cut by
 length inside the block shows 3e-3."""
 
-LONGEST = 1024
-"""The permutation is tried at the captured number of tokens too, up to this many: windows, bands and frames show there."""
+LONGEST, WORK = 1024, 1e10
+"""The permutation is tried at the captured number of tokens too, up to this many (in large blocks fewer, so that parameters times
+tokens stay below ``WORK``): windows, bands and frames show there."""
 
 MASK_DENSITY = 0.8
 """Share of true entries in the masks of the proof."""
@@ -126,7 +127,9 @@ class Trial:
     def variants(self) -> Iterator[Trial]:
         """The same at the captured number of tokens, and with integers that the captured call did not have, where the block runs
         on them."""
-        captured = min(self.block.captured_sizes[self.block.token], LONGEST)  # type: ignore[index]
+        num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        longest = min(LONGEST, max(round(WORK / max(num_parameters, 1)), 4 * NUM_TOKENS))
+        captured = min(self.block.captured_sizes[self.block.token], longest)  # type: ignore[index]
         if captured > NUM_TOKENS:
             yield self._variant(1, captured)
         if any(isinstance(leaf, TensorInfo) and leaf.value is not None for _, leaf in self.block.call_leaves):
@@ -296,6 +299,8 @@ def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     duplicate = copy.deepcopy(module)
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         duplicate = duplicate.to_empty(device="cpu")
+        for tensor in (*duplicate.parameters(), *duplicate.buffers()):
+            tensor.detach().zero_()
     duplicate = duplicate.to(device="cpu").float().eval()
     for submodule in duplicate.modules():
         submodule._forward_hooks.clear()

@@ -4,7 +4,8 @@
 
 For each model: ratio zero is bit-identical (class, keys, outputs); at 0.5 and batch 3 every routed block equals the original
 block run on each sample's kept tokens alone, and skipped tokens keep their bits; FLOPs fall; ``restore`` is exact;
-``fullgraph=True`` traces wherever the dense model does. ``--write`` renews ``coverage.md``.
+``fullgraph=True`` traces wherever the dense model does. ``--write`` renews ``coverage.md`` and the raw ``coverage.json``, or the
+rows of the names given in them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,9 @@ def check(entry: Entry, *, compile_too: bool = True) -> Row:
         diffcr_compile.transform(model, example_inputs=inputs)
     except diffcr_compile.BlockNotFoundError as error:
         row.dense_reason = " / ".join(line.strip("- ") for line in str(error).splitlines()[1:-1])
+        return row
+    except diffcr_compile.CaptureError as error:
+        row.dense_reason = "not captured: " + str(error).partition("It raised ")[2].splitlines()[0]
         return row
     row.seconds = time.perf_counter() - start
     explanation = diffcr_compile.explain(model)
@@ -320,7 +325,7 @@ def as_markdown(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="models of the zoo; all if none is given")
-    parser.add_argument("--write", action="store_true", help="renew coverage.md")
+    parser.add_argument("--write", action="store_true", help="renew coverage.md and coverage.json")
     parser.add_argument("--no-compile", action="store_true", help="leave out the fullgraph check")
     options = parser.parse_args()
     rows = []
@@ -336,7 +341,12 @@ def main() -> None:
             print("   FAILED", failure, flush=True)
     print(as_markdown(rows).splitlines()[2])
     if options.write:
-        (Path(__file__).parent / "coverage.md").write_text(as_markdown(rows))
+        record = Path(__file__).with_suffix(".json")
+        known = {row["name"]: Row(**row) for row in json.loads(record.read_text())} if record.exists() else {}
+        known |= {row.name: row for row in rows}
+        rows = [known[name] for name in ZOO if name in known]
+        record.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        record.with_suffix(".md").write_text(as_markdown(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,273 @@
+"""Inside the block: what skipped tokens give and get, without any training, against the rivals, on the digits DiT.
+
+    python examples/benchmarks/inside.py          # about a quarter of an hour on two idle cores
+    python examples/benchmarks/inside.py --quick  # to see that it runs
+
+Every row starts from the same noise and labels; *moved* is the mean squared distance of its samples from the dense model's own
+at the same number of steps, and share its FLOPs, first dense step included, as a share of the dense sampling's. Tables are
+chosen by ``calibrate`` (training-free) from one dense sampling of other pictures. Times are eager seconds over the dense ones,
+taken right after. Writes `inside.md` and `inside.json` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import digits
+
+import diffcr_compile
+from diffcr_compile import DiffCRConfig
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bypass, kept context, score": {},
+    "reuse, kept context, score": {"skip": "reuse", "extrapolation": 0},
+    "reuse, kept context, turn": {"skip": "reuse", "selection": "turn", "extrapolation": 0},
+    "reuse, all context, score": {"skip": "reuse", "context": "all", "extrapolation": 0},
+    "reuse, all context, score and turn": {"skip": "reuse", "context": "all", "selection": "score and turn"},
+    "reuse, all context, turn, order 0": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 0},
+    "reuse, all context, turn, order 1": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 1},
+    "reuse, all context, turn, order 2": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 2},
+}
+"""Combinations of what a skipped token takes, what gives keys and values, and which tokens are kept."""
+
+BEST = "reuse, all context, turn, order 1"
+NUM_REGIONS = 10
+SHARES = (0.8, 0.65, 0.5)
+STEPS = (50, 20, 8, 4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the table. steps: asked for; share: FLOPs, and seconds, over those of the dense sampling."""
+
+    method: str
+    steps: int
+    budget: float
+    share: float
+    seconds: float
+    moved: float
+
+
+class BlockCache:
+    """Rival: every block computed in one step of ``interval``, its last update reused or extrapolated in the others."""
+
+    def __init__(self, model: nn.Module, interval: int, order: int) -> None:
+        self.interval, self.order, self.step = interval, order, -1
+        self.last_time, self.full_steps = float("inf"), 0
+        self.memory: dict[int, list[tuple[float, Tensor]]] = {}
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for index, block in enumerate(model.transformer_blocks):  # type: ignore[arg-type]
+            block.forward = types.MethodType(self._forward(index, type(block).forward), block)
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        now = float(kwargs["timestep"].flatten()[0])
+        self.step = 0 if now > self.last_time or self.step < 0 else self.step + 1
+        self.last_time = now
+        if self.step == 0:
+            self.memory.clear()
+        self.full = self.step < 2 or self.step % self.interval == 0
+        self.full_steps += self.full
+
+    def _forward(self, index: int, base: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            past = self.memory.setdefault(index, [])
+            if self.full:
+                output = base(block, x, *args, **kwargs)
+                past.insert(0, (self.last_time, output - x))
+                del past[2:]
+                return output
+            (time0, latest), *others = past
+            if not self.order or not others:
+                return x + latest
+            time1, before = others[0]
+            return x + latest + (self.last_time - time0) / (time0 - time1) * (latest - before)
+
+        return forward
+
+
+@dataclass(frozen=True)
+class Settings:
+    shares: tuple[float, ...]
+    steps: tuple[int, ...]
+    samples: int
+    seed: int
+
+
+class Bench:
+    """Samples, measures and keeps the rows."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.rows = settings, []  # type: ignore[var-annotated]
+        self.labels = torch.arange(settings.samples) % digits.NUM_CLASSES
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.noise = torch.randn(settings.samples, 1, digits.CANVAS_SIZE, digits.CANVAS_SIZE, generator=generator)
+        self.inputs = digits.calibration_batches(1, 4)[0]
+        self.plain = digits.load_model()
+        self.dense = {steps: self._sample(self.plain, steps)[0] for steps in settings.steps}
+
+    def _sample(self, model: nn.Module, steps: int) -> tuple[Tensor, float]:
+        start = time.perf_counter()
+        images = digits.sample(model, self.labels, noise=self.noise, steps=steps)
+        return images, time.perf_counter() - start
+
+    def note(self, method: str, model: nn.Module, steps: int, budget: float, share: float, own_steps: int = 0) -> None:
+        """Sample and write a row down."""
+        images, seconds = self._sample(model, own_steps or steps)
+        _, dense_seconds = self._sample(self.plain, steps)
+        moved = digits.distance(images, self.dense[steps])
+        self.rows.append(Row(method, steps, budget, share, seconds / dense_seconds, moved))
+
+    def run_ours(self, method: str, options: dict[str, Any]) -> None:
+        config = DiffCRConfig(num_regions=NUM_REGIONS, **options)
+        model = diffcr_compile.transform(digits.load_model(), config, example_inputs=self.inputs)
+        free = diffcr_compile.CalibrationConfig(preset="training-free")
+        for steps in self.settings.steps:
+            with diffcr_compile.record(model) as batches:
+                diffcr_compile.set_ratios(model, 0)
+                digits.sample(
+                    model, torch.arange(4), steps=steps, generator=torch.Generator().manual_seed(self.settings.seed + 1)
+                )
+            for budget in self.settings.shares:
+                try:
+                    diffcr_compile.calibrate(model, batches, budget=budget, config=free)
+                except diffcr_compile.BudgetError:
+                    continue
+                self.note(method, model, steps, budget, self._share(model, steps))
+                if method == BEST:
+                    self._uniform(model, budget)
+                    self.note(f"{method}, uniform table", model, steps, budget, self._share(model, steps))
+
+    def _uniform(self, model: nn.Module, budget: float) -> None:
+        """The smallest ratio that costs at most the budget in all blocks and regions."""
+        low, high = 0, 1000
+        while low < high:
+            middle = (low + high) // 2
+            diffcr_compile.set_ratios(model, middle / 1000)
+            low, high = (low, middle) if diffcr_compile.cost(model, self.inputs).share <= budget else (middle + 1, high)
+        diffcr_compile.set_ratios(model, low / 1000)
+
+    def _share(self, model: nn.Module, steps: int) -> float:
+        cost = diffcr_compile.cost(model, self.inputs)
+        flops = [cost.routed_flops[region] for region in _regions(steps)]
+        if cost.memory_bytes:
+            flops[0] = cost.dense_flops
+        return sum(flops) / steps / cost.dense_flops
+
+    def run_rivals(self) -> None:
+        for steps in self.settings.steps:
+            for budget in self.settings.shares:
+                fewer = max(round(budget * steps), 1)
+                self.note("fewer dense steps", self.plain, steps, budget, fewer / steps, own_steps=fewer)
+            for interval in (2, 3):
+                for order in (0, 1):
+                    cached = digits.load_model()
+                    rival = BlockCache(cached, interval, order)
+                    self.note(f"whole blocks, one step in {interval}, order {order}", cached, steps, 0, 0)
+                    row = self.rows.pop()
+                    share = rival.full_steps / steps
+                    self.rows.append(Row(row.method, steps, share, share, row.seconds, row.moved))
+            for name, apply in _diffusers_caches():
+                cached = digits.load_model()
+                try:
+                    full = apply(cached)
+                    self.note(name, cached, steps, 0, 0)
+                except Exception as error:  # a library that can't serve this model says so in many ways
+                    print(f"{name} at {steps} steps: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+                    continue
+                row = self.rows.pop()
+                share = full() / steps
+                self.rows.append(Row(row.method, steps, share, share, row.seconds, row.moved))
+
+
+def _regions(steps: int) -> list[int]:
+    scheduler = digits.build_scheduler()
+    scheduler.set_timesteps(steps)
+    return [int(step) * NUM_REGIONS // scheduler.config.num_train_timesteps for step in scheduler.timesteps]
+
+
+def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], float]]]]:
+    """diffusers' own caches: (name, how to put it on a model; that returns a count of the forwards that its blocks made)."""
+    from diffusers.hooks import (
+        FirstBlockCacheConfig,
+        apply_first_block_cache,
+    )
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    def counted(model: nn.Module, put: Callable[[], None]) -> Callable[[], float]:
+        calls = [0]
+        for block in model.transformer_blocks:  # type: ignore[union-attr]
+            block.ff.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        put()
+        _set_cache_context(model, CacheContext("all"))
+        return lambda: calls[0] / len(model.transformer_blocks)  # type: ignore[arg-type]
+
+    for threshold in (0.05, 0.1, 0.2):
+        yield (
+            f"FirstBlockCache, threshold {threshold}",
+            lambda model, threshold=threshold: counted(  # type: ignore[misc]
+                model, lambda: apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
+            ),
+        )
+
+
+def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
+    """One table for each number of steps."""
+    lines = [
+        "# Inside the block: quality without training",
+        "",
+        f"`python examples/benchmarks/inside.py`, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, digits "
+        f"DiT (8 blocks, 256 tokens), {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. Moved: mean squared "
+        "distance from the dense samples of as many steps, from equal noise. Share: FLOPs over the dense sampling's, first dense "
+        "step included. Time: eager, over a dense sampling taken right after it.",
+    ]
+    for steps in settings.steps:
+        lines += ["", f"## {steps} steps", "", "| method | budget | share | time | moved |", "|---|---|---|---|---|"]
+        for row in sorted((row for row in rows if row.steps == steps), key=lambda row: (-row.budget, row.moved)):
+            bold = "**" if row.method == BEST else ""
+            lines.append(
+                f"| {bold}{row.method}{bold} | {row.budget:.2f} | {row.share:.2f} | {row.seconds:.2f} | {row.moved:.2g} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one budget, few steps and samples; nothing is written")
+    options = parser.parse_args()
+    settings = Settings(SHARES, STEPS, options.samples, options.seed)
+    if options.quick:
+        settings = Settings((0.65,), (8,), 2, options.seed)
+    warnings.filterwarnings("ignore", message="the routers are untrained")
+    start = time.perf_counter()
+    bench = Bench(settings)
+    for method, choice in tqdm(OPTIONS.items(), desc="combinations"):
+        bench.run_ours(method, choice)
+    bench.run_rivals()
+    text = as_markdown(bench.rows, settings, time.perf_counter() - start)
+    print(text)
+    if not options.quick:
+        here = Path(__file__).parent
+        (here / "inside.md").write_text(text)
+        record = {"settings": asdict(settings), "torch": torch.__version__, "rows": [asdict(row) for row in bench.rows]}
+        (here / "inside.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What each ratio would cost, measured on dense forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffcr_compile.calibration.sensitivity import measure_suffering
+from models import Shape, original, tiny_inputs
+from torch import Tensor
+
+import diffcr_compile
+from diffcr_compile.routed import STATE, ModelRouting
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
+
+PLAIN = Shape("plain", depth=2, heads=1, head_dim=6)
+STEPS = tuple(float(step) for step in range(975, 0, -50))
+
+
+def measure(skip: str, steps: tuple[float, ...] = STEPS, change: float = 1.0, **options: object) -> Tensor:
+    """Suffering (regions, blocks, bins) along a trajectory whose tokens grow by ``change`` times the timestep's share."""
+    model = original(PLAIN)
+    config = diffcr_compile.DiffCRConfig(skip=skip, num_regions=2, **options)  # type: ignore[arg-type]
+    diffcr_compile.transform(model, config, example_inputs=tiny_inputs(PLAIN))
+    state: ModelRouting = model.__dict__[STATE]
+    batches = []
+    for step in steps:
+        inputs = tiny_inputs(PLAIN, timestep=step)
+        inputs["x"] = inputs["x"] * (1 + change * step / 1000)
+        batches.append(inputs)
+    return measure_suffering(model, state, batches)
+
+
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+def test_nothing_skipped_costs_nothing_and_more_costs_more(skip: str) -> None:
+    suffering = measure(skip)
+    assert suffering.shape == (2, PLAIN.depth, 11)
+    assert bool((suffering[..., 0] == 0).all())
+    assert bool((suffering[..., 1:] > 0).all())
+    assert bool((suffering[..., 8] > suffering[..., 1]).all())
+    if skip == "identity":
+        assert bool((suffering.diff(dim=-1) >= 0).all())
+
+
+def test_what_does_not_change_costs_reuse_nothing() -> None:
+    """The same timestep but for a hair, the same tokens: the last update is the present one."""
+    still = measure("reuse", steps=tuple(500.0 - 1e-3 * i for i in range(6)), change=0.0)
+    moving = measure("reuse")
+    assert float(still[..., :10].max()) < 1e-3 * float(moving[..., :10].max())
+
+
+def test_identity_leaves_out_the_lowest_scores_first() -> None:
+    """At ratio one all of every update is left out: the whole mean square of it, as a share of the stream's."""
+    suffering = measure("identity")
+    assert float((suffering[..., 5] / suffering[..., 10]).max()) < 1
+
+
+def test_a_region_without_steps_takes_the_mean_of_the_others() -> None:
+    suffering = measure("reuse", steps=tuple(float(step) for step in range(980, 520, -40)))
+    assert torch.equal(suffering[0], suffering[1])

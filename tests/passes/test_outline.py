@@ -1,0 +1,88 @@
+"""Graph modules get their blocks back, route like the model they came from, and are given back their one graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import Shape, TinyDiT, facebook_dit, facebook_inputs, original, same_bits, tiny_inputs
+from torch import fx, nn
+from torch.export import Dim, export
+
+import diffcr_compile
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
+
+PLAIN = Shape("plain", depth=3, heads=2, head_dim=6)
+
+
+def exported(model: nn.Module) -> fx.GraphModule:
+    inputs = tiny_inputs(PLAIN)
+    axes = {"x": {0: Dim.AUTO, 1: Dim.AUTO}, "timestep": {0: Dim.AUTO}}
+    others = dict.fromkeys(("text", "rope", "mask"))
+    with torch.no_grad():
+        return export(model, (), {**inputs, **others}, dynamic_shapes={**axes, **others}, strict=False).module()  # type: ignore[return-value]
+
+
+def _check_like_its_model(
+    graph: fx.GraphModule, call: dict[str, Any], plain: nn.Module, inputs: dict[str, Any]
+) -> None:
+    keys, code = list(graph.state_dict()), graph.code
+    with torch.no_grad():
+        expected = graph(**call)
+    routed = diffcr_compile.transform(copy.deepcopy(plain), example_inputs=inputs)
+    assert diffcr_compile.transform(graph, example_inputs=call) is graph
+    sites = diffcr_compile.explain(graph).plan.sites
+    assert len(sites) == len(diffcr_compile.explain(routed).plan.sites) > 1
+    with torch.no_grad():
+        assert same_bits(graph(**call), expected)
+        for model in (graph, routed):
+            diffcr_compile.set_ratios(model, 0.5)
+        assert same_bits(graph(**call), routed(**inputs))
+    assert list(graph.state_dict()) == keys
+    diffcr_compile.restore(graph)
+    assert graph.code == code
+    assert list(graph.state_dict()) == keys
+    with torch.no_grad():
+        assert same_bits(graph(**call), expected)
+
+
+def test_an_exported_model_routes_like_the_one_it_came_from() -> None:
+    plain, inputs = original(PLAIN), tiny_inputs(PLAIN)
+    _check_like_its_model(exported(plain), {**inputs, "text": None, "rope": None, "mask": None}, plain, inputs)
+
+
+def test_a_symbolically_traced_model_routes_like_the_one_it_came_from() -> None:
+    plain, inputs = facebook_dit(), facebook_inputs(3)
+    _check_like_its_model(fx.symbolic_trace(plain), inputs, plain, inputs)
+
+
+def test_sizes_that_export_fixed_are_refused_and_the_graph_is_left_alone() -> None:
+    """Exported for one number of tokens: nothing may be left out of it."""
+    with torch.no_grad():
+        graph = export(facebook_dit(), (), facebook_inputs(3), strict=False).module()
+    code = graph.code
+    with pytest.raises(diffcr_compile.BlockNotFoundError, match="FacebookBlock"):
+        diffcr_compile.transform(graph, example_inputs=facebook_inputs(3))
+    assert graph.code == code
+
+
+def test_another_model_is_not_touched() -> None:
+    from diffcr_compile.passes.outline import outline_blocks
+
+    model = original(PLAIN)
+    outlined = outline_blocks(model)
+    assert not outlined.classes
+    assert type(model) is TinyDiT
+
+
+def test_a_failed_transform_gives_the_graph_back() -> None:
+    graph = exported(original(PLAIN))
+    code, kind = graph.code, type(graph.get_submodule("blocks.0"))
+    call = {**tiny_inputs(PLAIN), "text": None, "rope": None, "mask": None}
+    with pytest.raises(diffcr_compile.BlockNotFoundError):
+        diffcr_compile.transform(graph, example_inputs=call, filter_fn=lambda module, fqn: False)
+    assert graph.code == code
+    assert type(graph.get_submodule("blocks.0")) is kind
