@@ -38,6 +38,10 @@ class FamilyExplanation:
             joined = "made anew" if output.source is None else f"joined to {plan.leaves[output.source].name}"
             put = ", skipped tokens keep their input" if output.routed else ""
             lines.append(f"  output {index}[{', '.join(output.dims)}]: {joined}{put}")
+        if self.plan.context == "all":
+            lines.append("  keys and values: from all tokens, by a graph of its own rewritten from the block's")
+        elif self.plan.context_note:
+            lines.append(f"  {self.plan.context_note}")
         lines += ["  routed program:", *(f"    {line}" for line in self.program.strip().splitlines())]
         return "\n".join(lines)
 
@@ -91,4 +95,8 @@ def _program(routing: BlockRouting, family: BlockPlan) -> str:
     """The graph's code, without the cleaning up of names that only frees memory and without module prefixes."""
     program = next(program for program in routing.programs.values() if program.plan is family)
     lines = [line.partition(";")[0].rstrip() for line in program.graph.code.strip().splitlines()]
-    return "\n".join(line.replace("diffcr_compile_primitives_", "") for line in lines if line.strip())
+    return "\n".join(
+        line.replace("diffcr_compile_primitives_", "").replace("diffcr_compile_memory_", "")
+        for line in lines
+        if line.strip()
+    )

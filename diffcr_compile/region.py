@@ -79,7 +79,7 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
     if state.config.skip != "reuse" or state.plan is None or state.plan.timestep is None:
         return
     current, timestep = state.current, state.plan.timestep
-    if state.learning or state.dense or not any(any(block.ratios) for block in state.blocks):
+    if state.learning or state.dense or not state.routes:
         current.trajectory = None
         return
     if torch.compiler.is_compiling():

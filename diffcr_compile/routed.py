@@ -184,6 +184,11 @@ class ModelRouting(_Whole):
         return self.config.num_regions if self.plan.timestep is not None else 1
 
     @property
+    def routes(self) -> bool:
+        """Whether some block skips anything in some region."""
+        return any(any(block.ratios) for block in self.blocks)
+
+    @property
     def varies_by_region(self) -> bool:
         """Whether some block's ratio depends on the timestep."""
         return any(ratio != block.ratios[0] for block in self.blocks for ratio in block.ratios)

@@ -29,3 +29,7 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Asks nothing of a state dict."""
+
+    def forward(self, x: Any) -> Any:
+        """The identity: a block that runs all its children in turn (``nn.Sequential``) runs its router too."""
+        return x

@@ -15,6 +15,7 @@ from .errors import AlreadyTransformedError, NotTransformedError
 from .passes.analysis import ModelAnalysis, run_passes
 from .passes.blocks import find_blocks
 from .passes.capture import capture_calls
+from .passes.flat import outline_flat
 from .passes.outline import outline_blocks
 from .passes.route import plan_model, route_blocks
 from .passes.timestep import find_timestep
@@ -73,6 +74,7 @@ def transform(
 
 def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
     """Route ``model`` by a plan that was made before; nothing is analysed."""
+    state.outlined = outline_blocks(model)
     route_blocks(model, plan, state)
     model.__dict__[STATE] = state
     add_region_hooks(model)
@@ -86,13 +88,20 @@ class _Search:
 
     def __call__(self, model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> None:
         owed, state.deferred = state.deferred, None
-        state.outlined = outlined = outline_blocks(model)
+        state.outlined = outline_blocks(model)
         try:
-            analysis = run_passes(PASSES, ModelAnalysis(model, state.config, inputs, self.filter_fn))
+            start = ModelAnalysis(model, state.config, inputs, self.filter_fn)
+            analysis = run_passes(PASSES, start)
+            if not analysis.sites and not analysis.refusals:
+                state.outlined.undo()
+                state.outlined = outline_flat(model, analysis.inputs)
+                if state.outlined is not None:
+                    analysis = run_passes(PASSES, start)
             route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
             state.example_inputs = describe_inputs(inputs)
         except Exception:
-            outlined.undo()
+            if state.outlined is not None:
+                state.outlined.undo()
             if owed is not None:
                 restore(model)
             raise

@@ -28,6 +28,7 @@ class BlockAnalysis:
     the tensor outputs; graph_inputs: the graph's placeholder of each tensor leaf; program: what the graph was
     taken from. token and batch: the symbols of the routed
     tokens' length and of the batch size. is_branch: its caller adds what it returns, as proved in the caller's graph.
+    beside: the attention branch of the same caller, where this one attends to nothing (a feed-forward).
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class BlockAnalysis:
     leaves: tuple[LeafPlan, ...] = ()
     outputs: tuple[OutputPlan, ...] = ()
     is_branch: bool = False
+    beside: BlockPlan | None = None
     plan: BlockPlan | None = None
     program: ExportedProgram | None = None
     context_graph: ContextGraph | None = None

@@ -38,6 +38,7 @@ def find_blocks(analysis: ModelAnalysis) -> ModelAnalysis:
     for fqn, module in analysis.model.named_children():
         search.visit(module, fqn)
     search.visit_branches()
+    search.visit_feed_forwards()
     order = {fqn: min(call.in_order for call in calls) for fqn, calls in analysis.calls.items()}
     sites = sorted(search.sites, key=lambda site: order[site.fqn])
     return replace(
@@ -82,6 +83,19 @@ class _Search:
             if not related and self._try(self._modules[fqn], fqn, as_branch=True):
                 self._forget(fqn)
 
+    def visit_feed_forwards(self) -> None:
+        """Try what stands beside a routed attention branch and attends to nothing: its tokens may be left out alike."""
+        beside = {self._caller(site.fqn): plan for site in self.sites if (plan := self.families[site.family]).is_branch}
+        for fqn, calls in self.analysis.calls.items():
+            related = any(
+                _contains(site.fqn, fqn) or _contains(fqn, site.fqn) or site.fqn == fqn for site in self.sites
+            )
+            sibling = beside.get(self._caller(fqn)) if fqn else None
+            if sibling is None or related or calls[0].attends or not self.analysis.module_flops.get(fqn):
+                continue
+            if self._answers(calls[0]) and self._try(self._modules[fqn], fqn, as_branch=True, beside=sibling):
+                self._forget(fqn)
+
     def refusals(self) -> Iterator[Refusal]:
         """What stays dense, one entry for each (class, reason)."""
         for (kind, reason), fqns in self._refused.items():
@@ -94,8 +108,10 @@ class _Search:
     def _may_be_block(self, fqn: str) -> bool:
         """Whether a call of the module attends, and takes and returns a float tensor of the same shape."""
         call = self.analysis.calls[fqn][0]
-        if not call.attends:
-            return False
+        return call.attends and self._answers(call)
+
+    def _answers(self, call: Call) -> bool:
+        """Whether a module takes and returns a float tensor of the same shape."""
         inputs = {leaf.shape for _, leaf in iterate_leaves(call.arguments) if _is_stream(leaf)}
         return any(_is_stream(leaf) and leaf.shape in inputs for _, leaf in iterate_leaves(call.output))
 
@@ -111,7 +127,7 @@ class _Search:
             for group in parts.values()
         )
 
-    def _try(self, module: nn.Module, fqn: str, *, as_branch: bool = False) -> bool:
+    def _try(self, module: nn.Module, fqn: str, *, as_branch: bool = False, beside: BlockPlan | None = None) -> bool:
         """Whether the module's family can be routed; the site, or the refusal as a block, is noted."""
         if not self.analysis.filter_fn(module, fqn):
             if not as_branch:
@@ -121,7 +137,7 @@ class _Search:
         for call in self.analysis.calls[fqn]:
             key = (_family_key(module, call), None if caller is None else self._key_in_caller(fqn, caller))
             if key not in self._verdicts:
-                self._verdicts[key] = self._analyse(module, fqn, call, caller)
+                self._verdicts[key] = self._analyse(module, fqn, call, caller, beside)
             verdict = self._verdicts[key]
             if isinstance(verdict, str):
                 if not as_branch:
@@ -130,7 +146,9 @@ class _Search:
         self.sites.append(Site(fqn, int(verdict)))
         return True
 
-    def _analyse(self, module: nn.Module, fqn: str, call: Call, caller: str | None) -> int | str:
+    def _analyse(
+        self, module: nn.Module, fqn: str, call: Call, caller: str | None, beside: BlockPlan | None
+    ) -> int | str:
         """Index of the new family, or the reason why there is none. ``caller``: who must add it, for a branch."""
         alike = (
             _family_key(module, call, positions=False),
@@ -143,7 +161,7 @@ class _Search:
                 return family
             except Refused:
                 log.info("%s is not like its neighbours, though only its place in the stack differs", fqn)
-        block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None)
+        block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None, beside=beside)
         try:
             if caller is not None:
                 prove_added(self._graph_of(caller), fqn.removeprefix(f"{caller}."))

@@ -63,7 +63,7 @@ def outline_blocks(model: nn.Module) -> Outlined:
             continue
         if type(container) is not nn.Module:
             continue
-        region = _Region(path, nodes)
+        region = Region(path, nodes)
         if not region.movable:
             log.info("%s is not outlined: its nodes are mixed with others", path)
             continue
@@ -93,7 +93,7 @@ def _repeated_parts(graph: fx.Graph) -> list[tuple[str, str]]:
     for node in graph.nodes:
         for path, kind in _stack(node):
             kinds[path] = kind
-            if any(part in str(node.target).lower() for part in _ATTENDS) or node.target is operator.matmul:
+            if attends(node):
                 attending.add(path)
     repeated = {kind for kind in kinds.values() if list(kinds.values()).count(kind) > 1}
     chosen: list[tuple[str, str]] = []
@@ -102,6 +102,11 @@ def _repeated_parts(graph: fx.Graph) -> list[tuple[str, str]]:
         if path and kind in repeated and path in attending and not inside:
             chosen.append((path, kind))
     return chosen
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether a node may be part of attention."""
+    return any(part in str(node.target).lower() for part in _ATTENDS) or node.target is operator.matmul
 
 
 def _stack(node: fx.Node) -> Iterator[tuple[str, str]]:
@@ -115,7 +120,7 @@ def _lies_in(node: fx.Node, path: str) -> bool:
     return node.op not in ("placeholder", "output", "get_attr") and any(found == path for found, _ in _stack(node))
 
 
-class _Region:
+class Region:
     """The nodes of one part: what they take from outside and give to it."""
 
     def __init__(self, path: str, nodes: list[fx.Node]) -> None:

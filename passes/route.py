@@ -54,8 +54,9 @@ def route_blocks(
     """
     programs = [write_program(family, state.config) for family in plan.families]
     modules = [model.get_submodule(site.fqn) for site in plan.sites]
+    reference = next(model.parameters(), None)
     routers = [
-        _make_router(module, site.fqn, plan.families[site.family].width)
+        _make_router(module, site.fqn, plan.families[site.family].width, reference)
         for site, module in zip(plan.sites, modules, strict=True)
     ]
     state.plan = plan
@@ -88,13 +89,13 @@ def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan,
         ) from refused
 
 
-def _make_router(module: nn.Module, fqn: str, width: int) -> Router:
+def _make_router(module: nn.Module, fqn: str, width: int, reference: nn.Parameter | None) -> Router:
     if "forward" in vars(module):
         raise UnsupportedError(
             f"{fqn} already has a forward set on the instance (by offload, cache or compile hooks). Call transform first and "
             "add them afterwards."
         )
-    parameter = next(iter(module.parameters()), None)
+    parameter = next(module.parameters(), reference)
     if parameter is None:
         raise UnsupportedError(f"{fqn} has no parameters, so nothing tells a router's dtype and device")
     return Router(width, fqn, dtype=parameter.dtype, device=parameter.device)

@@ -1,0 +1,239 @@
+"""Models without block modules: find the blocks in the graph, between residual adds, and make modules of them.
+
+A denoiser written as one flat forward is exported whole. Its *stream* is the longest chain of sums of one shape, each adding
+something to the one before::
+
+    r1 = r0 + f1(r0, cond);  r2 = r1 + f2(r1, cond);  r3 = r2 + f1'(r2, cond);  ...
+
+What lies between two sums is a segment; segments that repeat with a period make a block each. The model keeps its class, its
+parameters and their names; it gains modules without parameters of their own (weights are inputs of theirs) and a forward on the
+instance that runs the exported graph where anything is skipped, and else the original.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, signature_of
+from ..config import DiffCRConfig
+from ..errors import UnsupportedError
+from ..routed import routing_of
+from .analysis import Call, Refused, TensorInfo, log
+from .block import BlockAnalysis
+from .export import export_block
+from .outline import Region, attends
+from .residual import operator_name
+
+BLOCKS = "diffcr_blocks"
+"""Name of the submodule that holds the blocks that were found."""
+
+_LONGEST_PERIOD = 6
+_SUMS = ("add", "add_", "iadd")
+
+
+@dataclass(eq=False)
+class Flat:
+    """What was changed, and how to take it back."""
+
+    model: nn.Module
+
+    def undo(self) -> None:
+        """The model as it was."""
+        if BLOCKS in self.model._modules:
+            del self.model._modules[BLOCKS]
+            vars(self.model).pop("forward", None)
+
+
+class _Blocks(nn.Module):
+    """Holds the blocks that were found; has no state of its own."""
+
+
+def outline_flat(model: nn.Module, inputs: dict[str, Any]) -> Flat | None:
+    """Make modules of the repeated residual segments of a model's graph; None where there are none, or it can't be exported."""
+    if "forward" in vars(model):
+        return None
+    call, template = _call_of(model, inputs)
+    try:
+        block = export_block(BlockAnalysis(model, "", call, DiffCRConfig()))
+    except Refused as refused:
+        log.info("not exported whole: %s", refused)
+        return None
+    assert block.program is not None
+    graph = _graph_on_model(block)
+    parts = _repeated_segments(graph)
+    if not parts:
+        return None
+    holder = _Blocks()
+    kinds: dict[str, type[nn.Module]] = {}
+    for index, nodes in enumerate(parts):
+        region = Region(f"{BLOCKS}.{index}", nodes)
+        body = region.write() if region.movable else None
+        if body is None:
+            log.info("segment %d of the graph can't be moved", index)
+            return None
+        compiled = fx.GraphModule({}, body)
+        if compiled.code not in kinds:
+            kinds[compiled.code] = type(
+                "Segment", (nn.Module,), {"forward": type(compiled).forward, "__module__": __name__}
+            )
+        region.replace_by_call()
+        holder.add_module(str(index), kinds[compiled.code]())
+    graph.lint()
+    run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
+    base = type(model).forward
+    model.add_module(BLOCKS, holder.train(model.training))
+    model.forward = types.MethodType(_flat_forward(base, run, call, template), model)  # type: ignore[method-assign]
+    return Flat(model)
+
+
+def _call_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[Call, Any]:
+    """The call, and its output with every tensor replaced by its index."""
+    with torch.no_grad():
+        output = model(**inputs)
+    count = iter(range(len([leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)])))
+    template = map_leaves(lambda _, leaf: next(count) if isinstance(leaf, Tensor) else leaf, output)
+
+    def describe(_: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = None if leaf.dtype.is_floating_point or leaf.dtype.is_complex else leaf
+        return TensorInfo(tuple(leaf.shape), leaf.dtype, known)
+
+    return Call("", map_leaves(describe, inputs), map_leaves(describe, output), 0), template
+
+
+def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call, template: Any) -> Callable[..., Any]:
+    """The forward to bind: the graph's where a block routes, or may be seen to; else the original."""
+    names = positional_names(base)
+    leaves = [leaf for _, leaf in iterate_leaves(call.arguments)]
+
+    def signature(bound: dict[str, Any]) -> Any:
+        return signature_of(map_leaves(lambda _, leaf: _meta(leaf), bound))
+
+    known = signature(call.arguments)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = routing_of(self)
+        if state is not None and not (state.dense or state.learning or state.observers) and not state.routes:
+            return base(self, *args, **kwargs)
+        bound = bind_arguments(names, args, kwargs)
+        if signature(bound) != known:
+            raise UnsupportedError(
+                f"{type(self).__name__} was exported for calls with {', '.join(call.arguments)}, and is called "
+                f"with {', '.join(bound)}, or with other values of its flags. Restore it and transform it with "
+                "example_inputs of this kind."
+            )
+        given = [leaf for _, leaf in iterate_leaves(bound)]
+        tensors = [value for value, leaf in zip(given, leaves, strict=True) if isinstance(leaf, TensorInfo)]
+        outputs = run(self, *tensors)
+        return map_leaves(lambda _, index: outputs[index] if isinstance(index, int) else index, template)
+
+    return forward
+
+
+def _meta(leaf: Any) -> Any:
+    if isinstance(leaf, TensorInfo):
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+    return leaf
+
+
+def _graph_on_model(block: BlockAnalysis) -> fx.Graph:
+    """The exported graph with the model's parameters as attributes of the model, and its tensor inputs as placeholders."""
+    assert block.program is not None
+    signature, graph = block.program.graph_signature, fx.Graph()
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    values: dict[fx.Node, Any] = {}
+    for node in block.program.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.user_inputs:
+            values[node] = graph.placeholder(node.name)
+            values[node].meta = dict(node.meta)
+    for node in block.program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in held:
+                values[node] = graph.get_attr(held[node.name].removeprefix("block."))
+                values[node].meta = dict(node.meta)
+            elif node not in values:
+                raise Refused("its graph holds constants")
+        elif node.op == "call_function" and "_assert" not in str(node.target):
+            values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in block.graph_outputs))
+    return graph
+
+
+def _repeated_segments(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The nodes of each block: runs of residual segments that repeat, and attend."""
+    chain = _stream(graph)
+    segments = [_between(graph, start, end) for start, end in itertools.pairwise(chain)]
+    kinds = [tuple(str(node.target) for node in segment) for segment in segments]
+    for period in range(1, _LONGEST_PERIOD + 1):
+        for offset in range(period):
+            starts = range(offset, len(segments) - period + 1, period)
+            if len(starts) < 2 or any(kinds[i : i + period] != kinds[offset : offset + period] for i in starts):
+                continue
+            if any(attends(node) for segment in segments[offset : offset + period] for node in segment):
+                return [_between(graph, chain[i], chain[i + period]) for i in starts]
+    return []
+
+
+def _stream(graph: fx.Graph) -> list[fx.Node]:
+    """The longest chain in which each node adds something of its own shape to the one before."""
+    longest: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or operator_name(node.target) not in _SUMS or not _is_stream(node):
+            continue
+        before = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and _shape(arg) == _shape(node)]
+        chains = [longest.get(arg, [arg]) for arg in before]
+        longest[node] = [*max(chains, key=len, default=[]), node]
+    return max(longest.values(), key=len, default=[])
+
+
+def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """What is computed from ``start``, and for ``end`` alone: other uses leave a node outside."""
+    before, after = _ancestors(start), _ancestors(end)
+    elsewhere: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or (node is not end and any(user in elsewhere for user in node.users)):
+            elsewhere.add(node)
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and node in after
+        and node not in before
+        and (node is end or node not in elsewhere)
+    ]
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found.add(current)
+            stack.extend(current.all_input_nodes)
+    return found
+
+
+def _is_stream(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim >= 3 and value.dtype.is_floating_point
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+
+
+def _with_blocks(model: nn.Module, holder: nn.Module) -> nn.Module:
+    """A stand-in that has the model's attributes and the blocks: what the graph's code is written against."""
+    standin = nn.Module()
+    vars(standin).update(vars(model))
+    standin._modules = {**model._modules, BLOCKS: holder}
+    return standin

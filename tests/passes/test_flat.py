@@ -1,0 +1,152 @@
+"""A denoiser written as one flat forward: its blocks are found between residual adds."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import relative_error, same_bits
+from torch import Tensor, nn
+
+import diffcr_compile
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
+
+WIDTH, HEADS, DEPTH, CHANNELS, TOKENS, BATCH = 12, 2, 3, 5, 11, 3
+
+
+class FlatDiT(nn.Module):
+    """forward(x (B, N, C), timestep (B,)) -> (B, N, C); no module below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"embed": (WIDTH, CHANNELS), "head": (CHANNELS, WIDTH), "time": (WIDTH, WIDTH)}
+        for layer in range(DEPTH):
+            parts = {"qkv": 3 * WIDTH, "out": WIDTH, "up": 2 * WIDTH, "mod": 2 * WIDTH}
+            shapes |= {f"{name}{layer}": (size, WIDTH) for name, size in parts.items()}
+            shapes[f"down{layer}"] = (WIDTH, 2 * WIDTH)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator) * shape[-1] ** -0.5))
+
+    def forward(self, x: Tensor, timestep: Tensor, scale: float = 1.0) -> Tensor:
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(WIDTH // 2) / (WIDTH // 2))
+        angles = timestep.float()[:, None] * frequencies
+        cond = F.silu(F.linear(torch.cat([angles.cos(), angles.sin()], dim=-1), self.time))
+        x = F.linear(x, self.embed) * scale
+        for layer in range(DEPTH):
+            x = self.layer(x, cond, layer)
+        return F.linear(x, self.head)
+
+    def layer(self, x: Tensor, cond: Tensor, layer: int) -> Tensor:
+        qkv, out, up, down, mod = (getattr(self, f"{name}{layer}") for name in ("qkv", "out", "up", "down", "mod"))
+        scale1, scale2 = F.linear(cond, mod).unsqueeze(1).chunk(2, dim=-1)
+        heads = F.linear(F.layer_norm(x, (WIDTH,)) * (1 + scale1), qkv).unflatten(-1, (3, HEADS, -1))
+        attended = F.scaled_dot_product_attention(*heads.permute(2, 0, 3, 1, 4))
+        x = x + F.linear(attended.transpose(1, 2).flatten(2), out)
+        return x + F.linear(F.gelu(F.linear(F.layer_norm(x, (WIDTH,)) * (1 + scale2), up)), down)
+
+
+def inputs(seed: int = 0) -> dict[str, Any]:
+    x = torch.randn(BATCH, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(seed))
+    return {"x": x, "timestep": torch.tensor([5.0, 300.0, 900.0])}
+
+
+def transformed() -> FlatDiT:
+    return diffcr_compile.transform(FlatDiT().eval(), example_inputs=inputs())
+
+
+@torch.no_grad()
+def test_zero_is_the_original_and_restore_is_exact() -> None:
+    model = FlatDiT().eval()
+    expected, keys = model(**inputs(1)), list(model.state_dict())
+    diffcr_compile.transform(model, example_inputs=inputs())
+    assert type(model) is FlatDiT
+    assert same_bits(model(**inputs(1)), expected)
+    assert list(model.state_dict()) == keys
+    diffcr_compile.restore(model)
+    assert same_bits(model(**inputs(1)), expected)
+    assert [name for name, _ in model.named_modules()] == [""]
+    assert "forward" not in vars(model)
+
+
+@torch.no_grad()
+def test_the_graph_with_every_token_kept_is_the_original_to_the_bit() -> None:
+    model = transformed()
+    diffcr_compile.set_ratios(model, 0.001)
+    assert same_bits(model(**inputs(1)), FlatDiT().eval()(**inputs(1)))
+
+
+@torch.no_grad()
+def test_each_block_equals_each_sample_run_alone() -> None:
+    """The oracle is the class's own layer, on one sample and its kept tokens."""
+    model, plain = transformed(), FlatDiT().eval()
+    blocks = diffcr_compile.explain(model).plan.sites
+    assert len(blocks) == DEPTH
+    diffcr_compile.set_ratios(model, 0.5)
+    calls: list[tuple[Tensor, Tensor]] = []
+    conds: list[Tensor] = []
+    original_layer = FlatDiT.layer
+
+    def note(self: FlatDiT, x: Tensor, cond: Tensor, layer: int) -> Tensor:
+        conds.append(cond)
+        return original_layer(self, x, cond, layer)
+
+    for site in blocks:
+        stream = diffcr_compile.explain(model).plan.families[site.family].stream
+        model.get_submodule(site.fqn).register_forward_hook(
+            lambda module, args, output, stream=stream: calls.append((args[stream], output))
+        )
+    plain.layer = note.__get__(plain)  # type: ignore[method-assign]
+    plain(**inputs(2))
+    with diffcr_compile.trace(model) as seen:
+        model(**inputs(2))
+    for layer, (site, (x, output)) in enumerate(zip(blocks, calls, strict=True)):
+        kept = seen.kept[site.fqn][0]
+        assert len({tuple(row) for row in kept.tolist()}) > 1
+        for sample in range(BATCH):
+            one = slice(sample, sample + 1)
+            alone = original_layer(plain, x[one][:, kept[sample]], conds[0][one], layer)
+            assert relative_error(output[one][:, kept[sample]], alone) < 1e-5
+            skipped = [token for token in range(TOKENS) if token not in kept[sample].tolist()]
+            assert torch.equal(output[one][:, skipped], x[one][:, skipped])
+
+
+@torch.no_grad()
+def test_copies_costs_and_other_calls() -> None:
+    model = transformed()
+    diffcr_compile.set_ratios(model, 0.5)
+    assert diffcr_compile.cost(model, inputs()).share < 0.7
+    assert same_bits(copy.deepcopy(model)(**inputs(1)), model(**inputs(1)))
+    with pytest.raises(diffcr_compile.UnsupportedError, match="scale"):
+        model(**inputs(1), scale=0.5)
+
+
+def test_weights_learn_through_the_graph() -> None:
+    model = transformed()
+    config = diffcr_compile.CalibrationConfig(steps=3)
+    before = model.qkv0.detach().clone()  # type: ignore[operator]
+    report = diffcr_compile.calibrate(model, [inputs(seed) for seed in range(3)], budget=0.8, config=config)
+    assert report.share <= 0.8
+    assert not torch.equal(model.qkv0, before)  # type: ignore[arg-type]
+
+
+def test_what_has_no_repeated_attention_is_refused_and_left_alone() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(CHANNELS, CHANNELS)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + F.gelu(x @ self.a)
+            return x + F.gelu(x @ self.b)
+
+    model = Mlp()
+    with pytest.raises(diffcr_compile.BlockNotFoundError):
+        diffcr_compile.transform(model, example_inputs={"x": inputs()["x"]})
+    assert not list(model.children())
+    assert "forward" not in vars(model)
