@@ -65,10 +65,12 @@ class DiffCRConfig(_Options):
     skip: what a skipped token leaves a block with; ``"identity"``: what it came in with (the paper); ``"reuse"``: that plus the
         block's update of it, extrapolated from the last ones (one tensor per routed block, and one more per ``extrapolation``).
     context: which tokens give keys and values; ``"kept"``: the kept ones (the paper); ``"all"``: every token, so that a kept
-        token comes out as from the dense block, wherever the block's graph allows it (``explain`` says where not).
+        token comes out as from the dense block, wherever the block's graph allows it (``explain`` says where not). None: all
+        with reuse, which is of little use without (examples/benchmarks/inside.md), else kept.
     selection: which tokens are kept; ``"score"``: those with the highest router scores (the paper); ``"turn"``: those refreshed
         longest ago, interleaved over the picture, without a router; ``"score and turn"``: score plus a point for every step of
-        age. The last two need ``skip="reuse"``; every token is then refreshed within a bounded number of steps.
+        age. The last two need ``skip="reuse"``; every token is then refreshed within a bounded number of steps. None: turn with
+        reuse, else score.
     extrapolation: with reuse, the degree in the timestep of the polynomial through a token's last updates: 0, 1 or 2.
     gate: how the router's score enters a kept token. ``"exact"``: value one, gradient of log-sigmoid. ``"sigmoid"``: the
         paper's, which multiplies the update and so changes a routed block's values from the start.
@@ -80,8 +82,8 @@ class DiffCRConfig(_Options):
 
     num_regions: int = 4
     skip: Skip = "identity"
-    context: Context = "kept"
-    selection: Selection = "score"
+    context: Context = None  # type: ignore[assignment]
+    selection: Selection = None  # type: ignore[assignment]
     extrapolation: int = 1
     gate: Gate = "exact"
     min_flops_share: float = 0.02
@@ -92,10 +94,14 @@ class DiffCRConfig(_Options):
         if isinstance(self.num_regions, bool) or not isinstance(self.num_regions, int) or self.num_regions < 1:
             raise ValueError(f"num_regions must be an integer >= 1, found {self.num_regions!r}")
         _check_choice("skip", self.skip, get_args(Skip))
+        reuses = self.skip == "reuse"
+        for name, value in (("context", "all" if reuses else "kept"), ("selection", "turn" if reuses else "score")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check_choice("context", self.context, get_args(Context))
         _check_choice("selection", self.selection, get_args(Selection))
         _check_choice("extrapolation", self.extrapolation, (0, 1, 2))
-        if self.selection != "score" and self.skip != "reuse":
+        if self.selection != "score" and not reuses:
             raise ValueError(
                 f"selection={self.selection!r} counts the steps since a token's last update: it needs skip='reuse'"
             )

@@ -35,9 +35,9 @@ from diffcr_compile import DiffCRConfig
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bypass, kept context, score": {},
-    "reuse, kept context, score": {"skip": "reuse", "extrapolation": 0},
-    "reuse, kept context, turn": {"skip": "reuse", "selection": "turn", "extrapolation": 0},
-    "reuse, all context, score": {"skip": "reuse", "context": "all", "extrapolation": 0},
+    "reuse, kept context, score": {"skip": "reuse", "context": "kept", "selection": "score", "extrapolation": 0},
+    "reuse, kept context, turn": {"skip": "reuse", "context": "kept", "selection": "turn", "extrapolation": 0},
+    "reuse, all context, score": {"skip": "reuse", "context": "all", "selection": "score", "extrapolation": 0},
     "reuse, all context, score and turn": {"skip": "reuse", "context": "all", "selection": "score and turn"},
     "reuse, all context, turn, order 0": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 0},
     "reuse, all context, turn, order 1": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 1},
