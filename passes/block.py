@@ -20,6 +20,10 @@ Dims = tuple[sympy.Expr, ...]
 """A tensor's shape, each size an expression in the symbols of the exported graph."""
 
 
+FIXED_BATCH = sympy.Symbol("batch", integer=True, positive=True)
+"""The batch size of a block whose export fixed it."""
+
+
 @dataclass(frozen=True)
 class BlockAnalysis:
     """A candidate block.
@@ -28,7 +32,8 @@ class BlockAnalysis:
     the tensor outputs; graph_inputs: the graph's placeholder of each tensor leaf; program: what the graph was
     taken from. token and batch: the symbols of the routed
     tokens' length and of the batch size. is_branch: its caller adds what it returns, as proved in the caller's graph.
-    beside: the attention branch of the same caller, where this one attends to nothing (a feed-forward).
+    fixed_batch: the batch size of the captured call, where the block's code counts to it (a loop over samples) and export
+    fixed it. beside: the attention branch of the same caller, where this one attends to nothing (a feed-forward).
     """
 
     module: nn.Module
@@ -48,6 +53,7 @@ class BlockAnalysis:
     outputs: tuple[OutputPlan, ...] = ()
     is_branch: bool = False
     beside: BlockPlan | None = None
+    fixed_batch: int | None = None
     plan: BlockPlan | None = None
     program: ExportedProgram | None = None
     context_graph: ContextGraph | None = None
@@ -76,7 +82,13 @@ class BlockAnalysis:
     def dims(self, value: Any) -> Dims:
         """Shape of a node of the graph, or of a tensor."""
         shape = value.meta["val"].shape if isinstance(value, fx.Node) else value.shape
-        return tuple(to_expression(size) for size in shape)
+        return self.free_batch(tuple(to_expression(size) for size in shape))
+
+    def free_batch(self, dims: Dims) -> Dims:
+        """A shape with a leading axis of the fixed batch size taken for the batch."""
+        if self.fixed_batch is None or not dims or dims[0] != self.fixed_batch:
+            return dims
+        return (FIXED_BATCH, *dims[1:])
 
     def draft_plan(self, lift: Lift) -> BlockPlan:
         """The plan as known after the leaves are planned, for one form of lifting, not yet proved."""

@@ -7,6 +7,7 @@ allows it (no memory, no compute, no values), else for real. Nothing is left beh
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ from .timestep import SinusoidTracker
 def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
     """Fill in ``calls``, ``module_flops``, ``timestep_reach`` and the batch axes of the model's inputs and outputs.
 
-    A batch of one is doubled first: it would bake a size of one into every graph and hide the batch axis.
+    A batch of one is doubled first, where the model takes it: it would bake a size of one into every graph and hide the batch axis.
     Raises CaptureError where the model refuses its inputs.
     """
     for path, leaf in iterate_leaves(analysis.inputs):
@@ -35,9 +36,10 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
                 f"input {'.'.join(map(str, path))!r} is a nested tensor, whose samples have different numbers of tokens; routing "
                 "keeps the same number of each. Pad them and pass a mask."
             )
-    inputs = _double_single_batch(analysis.inputs)
+    doubled = _double_single_batch(analysis.inputs)
     errors = []
-    for fake in (True, False):
+    tried = [analysis.inputs] if doubled is analysis.inputs else [doubled, analysis.inputs]
+    for inputs, fake in itertools.product(tried, (True, False)):
         run = _Run(shadow(analysis.model), inputs, fake=fake)
         try:
             run.execute()
@@ -55,7 +57,8 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
             output_batch_axes=axes[1],
             inputs=inputs,
         )
-    given = ", ".join(f"{'.'.join(map(str, path))} {_describe(leaf)}" for path, leaf in iterate_leaves(inputs))
+    leaves = iterate_leaves(analysis.inputs)
+    given = ", ".join(f"{'.'.join(map(str, path))} {_describe(leaf)}" for path, leaf in leaves)
     raise CaptureError(
         f"{type(analysis.model).__name__} could not be run on the inputs it was given ({given}). It raised {errors[-1]}. "
         "Pass example_inputs that model(**example_inputs) accepts."

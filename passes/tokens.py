@@ -42,6 +42,8 @@ def find_stream(block: BlockAnalysis) -> BlockAnalysis:
     _, stream, axis = min(candidates)
     dims = block.leaf_dims[stream]
     others = [size for size in dims if size.free_symbols and size != dims[axis]]
+    if not others and block.fixed_batch is None and axis == 1 and len(dims) == 3:
+        return find_stream(_free_fixed_batch(block, int(dims[0])))
     if not others:
         raise Refused(
             "its token input has no batch axis of free size (packed sequences, or a batch size fixed in the block)"
@@ -51,6 +53,12 @@ def find_stream(block: BlockAnalysis) -> BlockAnalysis:
     if axis == len(dims) - 1 or dims[-1].free_symbols:
         raise Refused(f"the width of its token input is not its last axis, or not fixed: {_text(dims)}")
     return replace(block, stream=stream, token=dims[axis], batch=others[0])
+
+
+def _free_fixed_batch(block: BlockAnalysis, size: int) -> BlockAnalysis:
+    """The block with every leading axis of the captured batch size taken for the batch; the proof, at another size, decides."""
+    block = replace(block, fixed_batch=size)
+    return replace(block, leaf_dims=tuple(block.free_batch(dims) for dims in block.leaf_dims))
 
 
 def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:

@@ -75,7 +75,8 @@ def _prove(block: BlockAnalysis) -> BlockAnalysis:
     for variant in trial.variants():
         variant.check_permutation(block.draft_plan("direct"))
     unbatched = [leaf for leaf in block.leaves if leaf.token_axes and leaf.batch_axis is None]
-    forms: tuple[Lift, ...] = ("inserted axis", "vmap", "loop") if unbatched else ("direct",)
+    forms: tuple[Lift, ...] = ("inserted axis", "vmap", "loop") if unbatched else ("direct", "vmap", "loop")
+    forms = forms if unbatched or block.fixed_batch is not None else ("direct",)
     failures = []
     for form in forms:
         plan = block.draft_plan(form)
@@ -117,7 +118,8 @@ class Trial:
         self.block = block
         self.generator = torch.Generator().manual_seed(0)
         self.module = randomised_copy(block.module, self.generator)
-        self._draw(BATCH, NUM_TOKENS)
+        self.batch = BATCH if block.fixed_batch != BATCH else BATCH + 1
+        self._draw(self.batch, NUM_TOKENS)
 
     def _draw(self, batch: int, num_tokens: int, *, any_integer: bool = False) -> None:
         self.num_tokens, self.any_integer = num_tokens, any_integer
@@ -133,7 +135,7 @@ class Trial:
         if captured > NUM_TOKENS:
             yield self._variant(1, captured)
         if any(isinstance(leaf, TensorInfo) and leaf.value is not None for _, leaf in self.block.call_leaves):
-            trial = self._variant(BATCH, NUM_TOKENS, any_integer=True)
+            trial = self._variant(self.batch, NUM_TOKENS, any_integer=True)
             try:
                 trial._run(trial.values)
             except Refused:
@@ -202,12 +204,12 @@ class Trial:
         weight = torch.randn(plan.width, generator=self.generator)
         stream = self.values[plan.stream]
         kept = select_tokens(score_tokens(stream, weight, plan.token_axis, plan.batch_axis), NUM_KEPT)
-        if len({tuple(row) for row in kept.tolist()}) != BATCH:
+        if len({tuple(row) for row in kept.tolist()}) != self.batch:
             raise Refused("the proof's samples keep the same tokens")
         routed, _ = program(self._call, weight, NUM_KEPT, self.values)
         results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
         worst = 0.0
-        for sample in range(BATCH):
+        for sample in range(self.batch):
             alone = self._run(
                 [
                     self._index(leaf, _narrow(leaf, value, sample), kept[sample])
