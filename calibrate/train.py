@@ -104,15 +104,12 @@ class _Calibration:
         state.costs = costs
         if self.loss is None:
             self.model.eval()
+        if config.preset == "training-free":
+            return self._choose(start)
         if config.trainable == "all" and self.loss is None:
             described = tqdm(self.batches, desc="dense outputs", leave=False)
             self.targets = [[out.cpu() for out in dense_outputs(self.model, self._batch(batch))] for batch in described]
-        if config.warm_start and not state.trained:
-            fit_routers(
-                self.model, state, (self._batch(batch) for batch in tqdm(self.batches, desc="warm start", leave=False))
-            )
-        if config.preset == "training-free":
-            return self._choose(start)
+        self._warm_start()
         optimizer = self._optimizer()
         num_settling = round(config.steps * config.settle)
         if num_settling < config.steps:
@@ -122,8 +119,15 @@ class _Calibration:
         self._settle(optimizer, num_settling)
         return self._report(start)
 
+    def _warm_start(self) -> None:
+        if self.config.warm_start and not self.state.trained:
+            described = tqdm(self.batches, desc="warm start", leave=False)
+            fit_routers(self.model, self.state, (self._batch(batch) for batch in described))
+
     def _choose(self, start: float) -> CalibrationReport:
         """The table that suffers least, without learning."""
+        if self.state.config.selection != "turn":
+            self._warm_start()
         described = tqdm(self.batches, desc="dense forwards", leave=False)
         suffering = measure_suffering(self.model, self.state, (self._batch(batch) for batch in described))
         write_table(self.state, choose_table(suffering, self.costs, self.budget, self.config.tolerance))

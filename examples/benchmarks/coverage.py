@@ -322,6 +322,17 @@ def as_markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(rows: list[Row]) -> None:
+    """Renew these rows in the record, and the table made from it."""
+    record = Path(__file__).with_suffix(".json")
+    known = {row["name"]: Row(**row) for row in json.loads(record.read_text())} if record.exists() else {}
+    known |= {row.name: row for row in rows}
+    rows = [known[name] for name in ZOO if name in known]
+    record.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if any(row.blocks for row in rows):
+        record.with_suffix(".md").write_text(as_markdown(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="models of the zoo; all if none is given")
@@ -339,14 +350,9 @@ def main() -> None:
         print(row.name, found, row.lifts, f"{row.seconds:.1f}s", row.fullgraph, row.context, flush=True)
         for failure in row.failures:
             print("   FAILED", failure, flush=True)
+        if options.write:
+            write(rows)
     print(as_markdown(rows).splitlines()[2])
-    if options.write:
-        record = Path(__file__).with_suffix(".json")
-        known = {row["name"]: Row(**row) for row in json.loads(record.read_text())} if record.exists() else {}
-        known |= {row.name: row for row in rows}
-        rows = [known[name] for name in ZOO if name in known]
-        record.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        record.with_suffix(".md").write_text(as_markdown(rows))
 
 
 if __name__ == "__main__":
