@@ -312,8 +312,8 @@ def prepare(
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
-    if ratio:
-        _write_context(module, routing, program, bound)
+    if trajectory is None or trajectory.first or routing.context is None:
+        _write_context(module, routing, program, bound)  # adapters are put on and taken off between trajectories
     if trajectory is None or not remembers:
         return ratio, None
     return ratio, trajectory.recall(routing.index, program.plan, values, state.config.extrapolation)

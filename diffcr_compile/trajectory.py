@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedError
 from .memory import Memory, allocate, fits
 from .plan import BlockPlan
 
@@ -38,6 +39,7 @@ class Trajectory:
     ranks: dict[Any, Tensor] = field(default_factory=dict)
     _values: tuple[float, ...] = ()
     _direction: int = 0
+    _recalled: set[tuple[int, int]] = field(default_factory=set)
     _shapes: dict[int, Any] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
 
@@ -46,6 +48,7 @@ class Trajectory:
         self.now = torch.as_tensor(timestep).detach().float()
         self.now = self.now.reshape(len(self.now), -1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
         self.grid = grid
+        self._recalled.clear()
         before, self._values = self._values, tuple(self.now.tolist())
         direction = _direction(before, self._values)
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
@@ -61,6 +64,12 @@ class Trajectory:
     def recall(self, index: int, plan: BlockPlan, values: list[Any], degree: int) -> tuple[Memory, bool]:
         """Memory of block ``index`` in this slot, made new if it does not fit the call, and whether it is empty."""
         key = (self.slot, index)
+        if key in self._recalled:
+            raise UnsupportedError(
+                "a routed block is called more than once in one forward, and with skip='reuse' it remembers one call. Leave it "
+                "out with filter_fn, or use skip='identity'."
+            )
+        self._recalled.add(key)
         memory = self.memories.get(key)
         empty = self.first
         if memory is None or not fits(memory, plan, values):

@@ -16,6 +16,7 @@ from models import (
     relative_error,
     routed_fqns,
     same_bits,
+    sinusoids,
     tensors_of,
     tiny_inputs,
     watch_blocks,
@@ -285,3 +286,20 @@ def test_plain_compile_is_refused_by_name() -> None:
     diffcr_compile.set_ratios(model, 0.5)
     with pytest.raises(Exception, match=r"diffcr_compile\.lower"):
         torch.compile(model, backend="eager", fullgraph=True)(**tiny_inputs(PLAIN))
+
+
+def test_a_block_called_twice_in_a_forward_is_refused_by_name() -> None:
+    class Twice(TinyDiT):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+            cond = self.time(sinusoids(timestep, self.shape.width))
+            x = self.embed(x)
+            for _ in range(2):
+                x = self.blocks[0](x, cond, None, None)
+            return self.head(x)
+
+    shape = Shape("plain", depth=1, heads=1, head_dim=6)
+    inputs = {name: tiny_inputs(shape)[name] for name in ("x", "timestep")}
+    model = diffcr_compile.transform(Twice(shape).eval(), DiffCRConfig(skip="reuse"), example_inputs=inputs)
+    diffcr_compile.set_ratios(model, 0.5)
+    with pytest.raises(diffcr_compile.UnsupportedError, match="more than once"):
+        model(**inputs)

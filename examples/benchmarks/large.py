@@ -1,9 +1,9 @@
-"""What ``transform`` costs on models of true size: seconds and memory of the plan, on the meta device, without weights.
+"""What ``transform`` costs on models of true size: seconds and memory of the plan, on the meta device and with weights.
 
     python examples/benchmarks/large.py [NAME ...]
 
-Each model is built from its published configuration on the meta device and transformed in a process of its own, with inputs of a
-usual size. Writes `large.md` beside it.
+Each model is built from its published configuration, on the meta device unless its name says otherwise, and transformed in a
+process of its own, with inputs of a usual size. Writes `large.md` beside it.
 """
 
 from __future__ import annotations
@@ -67,10 +67,27 @@ def wan_14b() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
+def pixart() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        sample_size=128, caption_channels=4096, cross_attention_dim=1152, use_additional_conditions=False
+    )
+    return model, {
+        "hidden_states": zeros(2, 4, 128, 128),
+        "encoder_hidden_states": zeros(2, 120, 4096),
+        "timestep": zeros(2),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+WITH_WEIGHTS = "PixArt-Sigma XL/2, weights in memory"
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "FLUX.1-dev": flux,
     "Qwen-Image": qwen_image,
     "Wan 2.1 14B": wan_14b,
+    WITH_WEIGHTS: pixart,
 }
 
 
@@ -79,7 +96,7 @@ def measure(name: str) -> dict[str, Any]:
     import diffcr_compile
 
     torch.set_num_threads(2)
-    with torch.device("meta"):
+    with torch.device("cpu" if name == WITH_WEIGHTS else "meta"):
         model, inputs = MODELS[name]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -117,7 +134,8 @@ def main() -> None:
     lines = [
         "# What transform costs at true sizes",
         "",
-        f"`python examples/benchmarks/large.py`, torch {torch.__version__}, two CPU threads, meta device, batch 2. Memory: the "
+        f"`python examples/benchmarks/large.py`, torch {torch.__version__}, two CPU threads, batch 2, meta device "
+        "unless said otherwise. Memory: the "
         "most that the process held, and before transform.",
         "",
         "| model | parameters | families | routable FLOPs | seconds | memory |",

@@ -1,0 +1,45 @@
+"""What a graph rewritten for full context belongs to: one state of a block's modules."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from models import Shape, original
+from torch import nn
+
+from diffcr_compile.context import context_key
+
+
+def block() -> nn.Module:
+    return original(Shape("plain", depth=1, heads=1, head_dim=6)).blocks[0]
+
+
+def test_layers_of_one_kind_share_a_key() -> None:
+    assert context_key(block()) == context_key(copy.deepcopy(block()))
+
+
+def test_what_changes_the_modules_changes_the_key() -> None:
+    before = context_key(block())
+    halved, training, replaced, hooked = block().half(), block().train(), block(), block()
+    replaced.stream.out = nn.Sequential(replaced.stream.out)
+    hooked.stream.out.register_forward_hook(lambda module, args, output: output)
+    assert len({before, *(context_key(changed) for changed in (halved, training, replaced, hooked))}) == 5
+
+
+def test_a_processor_or_a_switch_set_on_a_module_changes_the_key() -> None:
+    class Processor:
+        pass
+
+    before, processed, switched = block(), block(), block()
+    processed.stream.processor = Processor()
+    switched.stream.causal = True
+    assert len({context_key(module) for module in (before, processed, switched)}) == 3
+
+
+def test_weights_and_the_blocks_own_hooks_do_not() -> None:
+    changed = block()
+    with torch.no_grad():
+        changed.stream.out.weight.mul_(2)
+    changed.register_forward_pre_hook(lambda module, args: None)
+    assert context_key(changed) == context_key(block())
