@@ -54,10 +54,19 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
     duplicate = copy.deepcopy(block.module, memo).eval()
     vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
     flat = _FlatCall(duplicate, block.call.arguments)
-    try:
-        with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
-            program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
-    except Exception as error:  # torch.export raises whatever the block's code does
+    errors: list[Exception] = []
+    for training in (
+        False,
+        True,
+    ):  # some blocks go by values in evaluation alone; what the graph suggests is proved anyway
+        try:
+            with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
+                program = export(flat.train(training), tensors, dynamic_shapes=(dynamic,), strict=False)
+            break
+        except Exception as error:  # torch.export raises whatever the block's code does
+            errors.append(error)
+    else:
+        error = errors[0]
         first_line = "".join(str(error).strip().splitlines()[:1])[:200]
         hint = "it reads values of its tensors, " if isinstance(error, GuardOnDataDependentSymNode) else ""
         raise Refused(f"{hint}torch.export can't trace it ({type(error).__name__}: {first_line})") from error
