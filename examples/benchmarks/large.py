@@ -52,7 +52,6 @@ def qwen_image() -> tuple[nn.Module, dict[str, Any]]:
         "encoder_hidden_states": zeros(2, 256, 3584),
         "timestep": zeros(2),
         "img_shapes": [[(1, 64, 64)]] * 2,
-        "txt_seq_lens": [256, 256],
     }
 
 
