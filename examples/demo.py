@@ -187,7 +187,7 @@ def measure(variants: list[Variant], runs: list[Run], settings: Settings) -> lis
 
 def flops_of(variant: Variant) -> int:
     """FLOPs of sampling one picture: each step at what its timestep region costs, the first of a trajectory dense with reuse."""
-    cost = diffcr_compile.cost(variant.model)
+    cost = diffcr_compile.cost(variant.model, digits.calibration_batches(1, 1)[0])
     scheduler = digits.build_scheduler()
     scheduler.set_timesteps(variant.steps)
     regions = [
