@@ -55,16 +55,14 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
     vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
     flat = _FlatCall(duplicate, block.call.arguments)
     errors: list[Exception] = []
-    for training in (
-        False,
-        True,
-    ):  # some blocks go by values in evaluation alone; what the graph suggests is proved anyway
+    # Some blocks go by values in evaluation alone; what the graph of training suggests is proved on the real one anyway.
+    for training in (False, True):
         try:
             with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
                 program = export(flat.train(training), tensors, dynamic_shapes=(dynamic,), strict=False)
             break
-        except Exception as error:  # torch.export raises whatever the block's code does
-            errors.append(error)
+        except Exception as raised:  # torch.export raises whatever the block's code does
+            errors.append(raised)
     else:
         error = errors[0]
         first_line = "".join(str(error).strip().splitlines()[:1])[:200]
