@@ -21,7 +21,7 @@ from .arguments import bind_arguments, iterate_leaves, positional_names
 from .config import Scope
 from .errors import LoweringError
 from .region import follow_trajectory, pin_region, resolve_regions
-from .routed import STATE, BlockRouting, ModelRouting, Recalled, forward_at, settle
+from .routed import STATE, BlockRouting, ModelRouting, Recalled, contexts_are_current, forward_at, settle
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -112,18 +112,18 @@ class Lowered:
         if len(set(regions)) > 1:
             return model._call_impl(*args, **kwargs)
         row = tuple(block.ratios[regions[0]] for block in state.blocks)
-        key: Any = row
         follow_trajectory(model, state, bound)
         trajectory = state.current.trajectory
+        recalled: dict[int, Recalled] | None = {}
         if trajectory is not None:
             shapes = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(bound) if isinstance(leaf, torch.Tensor))
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
-            if recalled is None:
-                with pin_region(state, regions[0], row):  # the memory is made, and the first step is dense
-                    return model._call_impl(*args, **kwargs)
-            state.current.recalled = recalled
-            key = (row, trajectory.first)
         with pin_region(state, regions[0], row):
+            if recalled is None or not contexts_are_current(model, state, row):
+                return model._call_impl(*args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
+            state.current.recalled = recalled
+            first = trajectory is not None and trajectory.first
+            key = (row, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
             output = self._graph(key, _model_body)(model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 

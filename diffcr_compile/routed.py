@@ -326,6 +326,21 @@ def prepare_context(module: nn.Module, routing: BlockRouting, args: tuple[Any, .
         _write_context(module, routing, routing.program(bound), bound)
 
 
+def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, ...]) -> bool:
+    """Whether every block that ``row`` routes by a rewritten graph has the one for its modules as they now are; looked at once for
+    each trajectory."""
+    trajectory = state.current.trajectory
+    if state.config.context == "kept" or (trajectory is not None and not trajectory.first):
+        return True
+    for block, ratio in zip(state.blocks, row, strict=True):
+        programs = [program for program in block.programs.values() if program.plan.context == "all"]
+        if programs and (ratio or any(block.ratios)):
+            key = context_key(model.get_submodule(block.fqn))
+            if not any(block.context is program.contexts.get(key, ()) for program in programs):
+                return False
+    return True
+
+
 def _write_context(module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any]) -> None:
     if program.plan.context == "kept":
         return

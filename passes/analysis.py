@@ -44,6 +44,14 @@ class TensorInfo:
         return f"{self.dtype} {self.shape}"
 
 
+def describe(leaf: Any) -> Any:
+    """A leaf of a call as it is kept: tensors by their :class:`TensorInfo`, with values where they may index."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    indexes = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+    return TensorInfo(tuple(leaf.shape), leaf.dtype, leaf if indexes else None)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of one module: its bound arguments and its output, with a :class:`TensorInfo` for each tensor.

@@ -100,7 +100,7 @@ class BlockAnalysis:
         return BlockPlan(
             kind=self.kind,
             positional=positional_names(type(self.module).forward),
-            signature=signature_of(map_leaves(_as_meta, self.call.arguments)),
+            signature=signature_of(map_leaves(as_meta, self.call.arguments)),
             arguments=map_leaves(lambda _, leaf: None if leaf is None else next(indices), self.call.arguments),
             leaves=self.leaves,
             output_template=map_leaves(
@@ -122,5 +122,6 @@ def to_expression(size: Any) -> sympy.Expr:
     return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
 
 
-def _as_meta(_: Path, leaf: Any) -> Any:
+def as_meta(_: Path, leaf: Any) -> Any:
+    """A described tensor as one on the meta device; other leaves as they are."""
     return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, TensorInfo) else leaf

@@ -7,13 +7,11 @@ input was made from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, fx
 
 from .analysis import Refused
 from .block import to_expression
-from .residual import is_move, operator_name
+from .residual import ancestors, is_move, operator_name
 
 _GATES = {"mul", "mul_", "div", "dropout"}
 """Operators that a zero passes through."""
@@ -27,7 +25,7 @@ def prove_added(graph: fx.Graph, branch: str) -> None:
     if not inside:
         raise Refused("no output is an input plus something, and it does not show in its caller's graph")
     given = {operand for node in inside for operand in node.all_input_nodes if operand not in inside}
-    carried = _ancestors(given)
+    carried = ancestors(given)
     for node in inside:
         for user in node.users:
             if user not in inside and not _ends_in_sum(node, user, carried):
@@ -59,16 +57,6 @@ def _keeps_places(value: fx.Node, user: fx.Node) -> bool:
     return len(before.shape) == len(after.shape) and all(
         to_expression(a) == to_expression(b) for a, b in zip(before.shape, after.shape, strict=True)
     )
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _lies_in(node: fx.Node, branch: str) -> bool:

@@ -30,7 +30,7 @@ from .. import primitives
 from ..arguments import map_leaves
 from ..context import ContextGraph
 from ..plan import BlockPlan
-from .analysis import Call, Refused, TensorInfo, log
+from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
 from .export import export_block
 from .tokens import plan_leaves, token_axis_of
@@ -72,14 +72,7 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
 
 def rebuild_context(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
     """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused."""
-
-    def describe(_: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        known = None if leaf.dtype.is_floating_point or leaf.dtype.is_complex else leaf
-        return TensorInfo(tuple(leaf.shape), leaf.dtype, known)
-
-    arguments = map_leaves(describe, bound)
+    arguments = map_leaves(lambda _, leaf: describe(leaf), bound)
     call = Call(fqn, arguments, plan.output_template, 0)
     branch = plan.is_branch
     block = BlockAnalysis(module, fqn, call, config, attention=plan.attention, is_branch=branch)

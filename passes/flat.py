@@ -25,11 +25,11 @@ from ..arguments import bind_arguments, iterate_leaves, map_leaves, positional_n
 from ..config import DiffCRConfig
 from ..errors import UnsupportedError
 from ..routed import routing_of
-from .analysis import Call, Refused, TensorInfo, log
-from .block import BlockAnalysis
+from .analysis import Call, Refused, TensorInfo, describe, log
+from .block import BlockAnalysis, as_meta
 from .export import export_block
 from .outline import Region, attends
-from .residual import operator_name
+from .residual import ancestors, operator_name
 
 BLOCKS = "diffcr_blocks"
 """Name of the submodule that holds the blocks that were found."""
@@ -99,14 +99,8 @@ def _call_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[Call, Any]:
         output = model(**inputs)
     count = iter(range(len([leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)])))
     template = map_leaves(lambda _, leaf: next(count) if isinstance(leaf, Tensor) else leaf, output)
-
-    def describe(_: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        known = None if leaf.dtype.is_floating_point or leaf.dtype.is_complex else leaf
-        return TensorInfo(tuple(leaf.shape), leaf.dtype, known)
-
-    return Call("", map_leaves(describe, inputs), map_leaves(describe, output), 0), template
+    arguments, returned = (map_leaves(lambda _, leaf: describe(leaf), value) for value in (inputs, output))
+    return Call("", arguments, returned, 0), template
 
 
 def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call, template: Any) -> Callable[..., Any]:
@@ -115,7 +109,7 @@ def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call,
     leaves = [leaf for _, leaf in iterate_leaves(call.arguments)]
 
     def signature(bound: dict[str, Any]) -> Any:
-        return signature_of(map_leaves(lambda _, leaf: _meta(leaf), bound))
+        return signature_of(map_leaves(as_meta, bound))
 
     known = signature(call.arguments)
 
@@ -136,12 +130,6 @@ def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call,
         return map_leaves(lambda _, index: outputs[index] if isinstance(index, int) else index, template)
 
     return forward
-
-
-def _meta(leaf: Any) -> Any:
-    if isinstance(leaf, TensorInfo):
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-    return leaf
 
 
 def _graph_on_model(block: BlockAnalysis) -> fx.Graph:
@@ -196,7 +184,7 @@ def _stream(graph: fx.Graph) -> list[fx.Node]:
 
 def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """What is computed from ``start``, and for ``end`` alone: other uses leave a node outside."""
-    before, after = _ancestors(start), _ancestors(end)
+    before, after = ancestors([start]), ancestors([end])
     elsewhere: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         if node.op == "output" or (node is not end and any(user in elsewhere for user in node.users)):
@@ -209,16 +197,6 @@ def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         and node not in before
         and (node is end or node not in elsewhere)
     ]
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found.add(current)
-            stack.extend(current.all_input_nodes)
-    return found
 
 
 def _is_stream(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -46,6 +46,18 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
             yield operand
         elif isinstance(operand, list | tuple):
             yield from (item for item in operand if isinstance(item, fx.Node))
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def is_move(name: str) -> bool:

@@ -197,6 +197,41 @@ def test_lowered_equals_eager(scope: str, shape: Shape) -> None:
         assert all(relative_error(a, b) < TOLERANCE for a, b in pairs)
 
 
+@pytest.mark.parametrize("scope", ["regional", "full"])
+def test_a_lowered_model_forgets_what_it_no_longer_skips(scope: str) -> None:
+    """Back at ratio zero, with another batch size: nothing of the memory is met again."""
+    torch._dynamo.reset()
+    model = transformed(skip="reuse")
+    diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+    diffcr_compile.set_ratios(model, 0.5)
+    sample(model)
+    diffcr_compile.set_ratios(model, 0)
+    expected = sample(original(PLAIN), batch=2)
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(sample(model, batch=2), expected, strict=True))
+
+
+@pytest.mark.parametrize("scope", ["regional", "full"])
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+def test_a_wrapped_layer_is_not_passed_by_when_lowered(scope: str, skip: str) -> None:
+    """An adapter with the layer's own attributes, put on after the graphs were made."""
+    torch._dynamo.reset()
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0.5 * x
+
+    model = transformed(skip=skip, context="all")
+    diffcr_compile.set_ratios(model, 0.5)
+    eager = copy.deepcopy(model)
+    diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+    for each in (model, eager):
+        sample(each)
+        for block in each.blocks:
+            block.stream.out.__class__ = Adapted  # type: ignore[union-attr]
+    pairs = zip(sample(model), sample(eager), strict=True)
+    assert all(relative_error(a, b) < TOLERANCE for a, b in pairs)
+
+
 def test_cost_reports_the_memory() -> None:
     model = transformed(skip="reuse", extrapolation=1)
     inputs = tiny_inputs(PLAIN)
