@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ..cost import CostModel
+from ..cost import UNITS, CostModel
 from ..errors import BudgetError
 from ..ratios import BIN, SCALE
 
@@ -39,12 +39,12 @@ def _choose(penalties: np.ndarray, costs: CostModel, budget: float, tolerance: f
     check_reachable(costs, budget)
     num_regions, num_blocks, num_bins = penalties.shape
     saved = [
-        [(block.dense - block.at(ratio * BIN)) / costs.dense_flops / num_regions for ratio in range(num_bins)]
+        [(block.dense - block.at(ratio * BIN)) / costs.dense / num_regions for ratio in range(num_bins)]
         for block in costs.blocks
     ]
-    choices = _least_penalty(
-        penalties.reshape(-1, num_bins), np.tile(np.array(saved), (num_regions, 1)), at_least=1 - budget
-    )
+    savings = np.tile(np.array(saved), (num_regions, 1))
+    penalties = np.where(savings < 0, np.inf, penalties.reshape(-1, num_bins))  # small ratios may cost more than none
+    choices = _least_penalty(penalties, np.maximum(savings, 0), at_least=1 - budget)
     rows = (choices.reshape(num_regions, num_blocks) * BIN).tolist()
     return _use_up(rows, costs, budget, tolerance)
 
@@ -54,8 +54,8 @@ def check_reachable(costs: CostModel, budget: float) -> None:
     if budget < costs.minimum_share:
         raise BudgetError(
             f"budget {budget:g} can't be reached: with every token skipped in every routed block, {costs.minimum_share:.4f} of the "
-            f"dense FLOPs remain (the parts that are not routed). Ask for at least {costs.minimum_share:.4f}, or let more "
-            "families be routed (filter_fn, min_flops_share)."
+            f"dense {UNITS[costs.unit]} remain (the parts that are not routed). Ask for at least {costs.minimum_share:.4f}, or "
+            "let more families be routed (filter_fn, min_flops_share)."
         )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..arguments import bind_arguments, iterate_leaves
 from ..learning import dense
 from ..routed import BlockRouting, ModelRouting, router_weight
+from ..sharding import like
+from .processes import sum_over_processes
 
 RIDGE = 1e-2
 """Regularisation, as a share of the mean squared feature."""
@@ -58,6 +60,10 @@ class _Moments:
         self.count += len(x)
 
     def solve(self) -> None:
+        """Set the vector, from the tokens of all processes."""
+        totals = torch.tensor([self.y, float(self.count)], dtype=torch.float64)
+        sum_over_processes([self.xx, self.xy, self.x, totals])
+        self.y, self.count = float(totals[0]), int(totals[1])
         if self.count == 0:
             return
         mean = self.x / self.count
@@ -69,7 +75,7 @@ class _Moments:
         )
         spread = (vector @ covariance @ vector).clamp(min=0).sqrt()
         if float(spread) > 0:
-            self.weight.copy_((vector / spread).to(self.weight.dtype))
+            self.weight.copy_(like(vector / spread, self.weight))
 
 
 def _observer(block: BlockRouting, moments: _Moments) -> Callable[..., None]:

@@ -13,7 +13,9 @@ Gate = Literal["exact", "sigmoid"]
 Skip = Literal["identity", "reuse"]
 Context = Literal["kept", "all"]
 Selection = Literal["score", "turn", "score and turn"]
-Trainable = Literal["all", "routers"]
+Estimator = Literal["two-bin", "single-pass"]
+BudgetKind = Literal["flops", "tokens", "latency"]
+Trainable = Literal["all", "lora", "routers"]
 Preset = Literal["default", "paper", "training-free"]
 Scope = Literal["auto", "full", "regional"]
 
@@ -57,6 +59,11 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive, found {value!r}")
 
 
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, found {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffCRConfig(_Options):
     """How blocks are found and routed.
@@ -91,8 +98,7 @@ class DiffCRConfig(_Options):
     timestep_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_regions, bool) or not isinstance(self.num_regions, int) or self.num_regions < 1:
-            raise ValueError(f"num_regions must be an integer >= 1, found {self.num_regions!r}")
+        _check_count("num_regions", self.num_regions)
         _check_choice("skip", self.skip, get_args(Skip))
         reuses = self.skip == "reuse"
         for name, value in (("context", "all" if reuses else "kept"), ("selection", "turn" if reuses else "score")):
@@ -114,9 +120,15 @@ class DiffCRConfig(_Options):
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"steps": 300, "warm_start": True},
-    "paper": {"steps": 100_000, "warm_start": False},
-    "training-free": {"steps": 0, "warm_start": True},
+    "default": {"steps": 300, "warm_start": True, "settle": 0.25, "budget_kind": "flops", "estimator": "single-pass"},
+    "paper": {"steps": 100_000, "warm_start": False, "settle": 0.0, "budget_kind": "tokens", "estimator": "two-bin"},
+    "training-free": {
+        "steps": 0,
+        "warm_start": True,
+        "settle": 0.0,
+        "budget_kind": "flops",
+        "estimator": "single-pass",
+    },
 }
 
 
@@ -124,34 +136,51 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class CalibrationConfig(_Options):
     """How routers and ratios are learned. What is not given has the preset's value.
 
-    preset: ``"default"``; ``"paper"``: the paper's steps, without a warm start of the routers (give ``calibrate`` the diffusion
-        loss, and ``transform`` ``gate="sigmoid"``, to follow it all the way); ``"training-free"``: no learning; how much each block
-        suffers from skipping in each region is measured on dense forwards, and the table that suffers least within the budget is
-        taken.
-    trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper); ``"routers"``: weights frozen.
+    preset: ``"default"``; ``"paper"``: the paper's steps and its budget of tokens, without a warm start of the routers or a
+        stage of settling (give ``calibrate`` the diffusion loss, and ``transform`` ``gate="sigmoid"``, to follow it all the
+        way; the budget is met by projection instead of a weighted loss); ``"training-free"``: no learning; how much each block
+        suffers from skipping in each region is measured on dense forwards, and the table that suffers least within the budget
+        is taken.
+    trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper), as far as they require gradients (with peft
+        adapters of one's own: those); ``"lora"``: low-rank adapters on the linear layers of the routed blocks in place of the
+        weights, merged into them at the end (the paper's text-to-image models; needs peft); ``"routers"``: weights frozen.
+    lora_rank: of the adapters, >= 1 (the paper: 32).
+    estimator: of the ratios' gradients (``diffcr_compile.learning``); ``"two-bin"`` (the paper, and its preset) runs each block
+        twice, ``"single-pass"`` (the default) once: a step takes little more than half the time, and the result was no worse
+        (examples/benchmarks/training_step.md, quality.md).
+    budget_kind: what the budget is a share of: dense ``"flops"``; ``"tokens"`` (the paper): the mean over blocks of the tokens
+        kept; ``"latency"``: the dense model's time on the device at hand, measured block by block before learning, compiled
+        where the model is lowered.
     steps: optimiser steps, >= 1 (default 300).
+    accumulation: batches whose gradients make one step, >= 1.
+    checkpoint_every: steps between two checkpoints, >= 1, where ``calibrate`` is given a place for them.
     learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
     router_learning_rate: of the routers, likewise.
     ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
     weight_decay: of the model's weights (the paper: 3e-2).
     ramp: share of the steps over which the scheduled budget moves from the table's present share to the target, in [0, 1].
-    settle: share of the steps, at the end, in which the snapped table is fixed and the rest goes on learning, in [0, 1]; at 1 the
-        table stays as ``set_ratios`` left it (a uniform one: Mixture of Depths).
+    settle: share of the steps (default 0.25), at the end, in which the snapped table is fixed and the rest goes on learning, in
+        [0, 1]; at 1 the table stays as ``set_ratios`` left it (a uniform one: Mixture of Depths).
     max_grad_norm: gradients of weights and routers are clipped to this norm.
     warm_start: fit each router by ridge regression on what its block does to each token before learning.
     tolerance: the table's FLOPs end within this share of the budget, and never above it.
-    seed: seed of the order of the batches.
+    seed: of the order of the batches and of the adapters' start.
     """
 
     preset: Preset = "default"
     trainable: Trainable = "all"
+    lora_rank: int = 32
+    estimator: Estimator = None  # type: ignore[assignment]
+    budget_kind: BudgetKind = None  # type: ignore[assignment]
     steps: int = None  # type: ignore[assignment]
+    accumulation: int = 1
+    checkpoint_every: int = 25
     learning_rate: float = 1e-4
     router_learning_rate: float = 1e-3
     ratio_learning_rate: float = 2e-2
     weight_decay: float = 3e-2
     ramp: float = 0.6
-    settle: float = 0.25
+    settle: float = None  # type: ignore[assignment]
     max_grad_norm: float = 1.0
     warm_start: bool = None  # type: ignore[assignment]
     tolerance: float = 0.01
@@ -163,9 +192,12 @@ class CalibrationConfig(_Options):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_choice("trainable", self.trainable, get_args(Trainable))
+        _check_choice("estimator", self.estimator, get_args(Estimator))
+        _check_choice("budget_kind", self.budget_kind, get_args(BudgetKind))
+        for name in ("lora_rank", "accumulation", "checkpoint_every"):
+            _check_count(name, getattr(self, name))
         least = 0 if self.preset == "training-free" else 1
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < least:
-            raise ValueError(f"steps must be an integer >= {least}, found {self.steps!r}")
+        _check_count("steps", self.steps, least)
         if least == 0 and self.steps:
             raise ValueError(f"preset 'training-free' learns nothing: steps must be 0, found {self.steps!r}")
         for name in ("learning_rate", "router_learning_rate", "ratio_learning_rate", "max_grad_norm", "tolerance"):

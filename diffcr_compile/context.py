@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 ContextKey = tuple[Any, ...]
@@ -34,6 +35,17 @@ class ContextGraph:
 
     def __call__(self, module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self.graph.forward(*(_attribute(module, name) for name in self.attributes), *self.constants, *tensors)
+
+    def on(self, device: torch.device) -> ContextGraph:
+        """The same on another device: an export writes the one that it saw into every tensor that the graph makes."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph.graph, {}))
+        for node in graph.nodes:
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+            )
+        constants = tuple(constant.to(device) for constant in self.constants)
+        return ContextGraph(fx.GraphModule(self.graph, graph), self.attributes, constants)
 
     def bind(self, module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         """The graph with the parameters of ``module``."""

@@ -1,21 +1,24 @@
-"""What a routed model costs: FLOPs, counted by torch's counter, as a function of the table."""
+"""What a routed model costs as a function of its table: FLOPs, counted by torch's counter, or the tokens that its blocks keep."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves, map_leaves
+from .config import BudgetKind
 from .dry_run import dry_run, shadow
 from .errors import CaptureError
 from .flops import count_flops
 from .memory import allocate
 from .ratios import BIN, SCALE, capacity
 from .routed import BlockRouting, ModelRouting, forward_at, prepare_context, routing_of, settle
+from .sharding import is_sharded
 
 _SAMPLED_RATIOS = (250, 500, 750)
 """A block's FLOPs are a parabola in k (products with tokens, and of tokens with tokens): three points fix it."""
@@ -62,30 +65,56 @@ class BlockCost:
         return round(a + b * k + c * k * k)
 
 
-@dataclass(frozen=True)
-class CostModel:
-    """FLOPs of a model on inputs of one shape: what every table costs, without running it."""
+UNITS: dict[BudgetKind, str] = {"flops": "FLOPs", "tokens": "tokens", "latency": "milliseconds"}
+"""What a budget of each kind counts."""
 
-    dense_flops: int
-    blocks: tuple[BlockCost, ...]
+
+class Curve(Protocol):
+    """What one block costs at every ratio: a :class:`BlockCost`, or times that were measured."""
 
     @property
-    def fixed_flops(self) -> int:
-        """FLOPs outside the routed blocks."""
-        return self.dense_flops - sum(block.dense for block in self.blocks)
+    def num_tokens(self) -> int: ...
 
-    def row_flops(self, row: Sequence[int]) -> int:
-        """FLOPs of one forward at one row of ratios in thousandths."""
-        return self.fixed_flops + sum(block.at(ratio) for block, ratio in zip(self.blocks, row, strict=True))
+    @property
+    def dense(self) -> float: ...
+
+    @property
+    def memory(self) -> int: ...
+
+    def at(self, ratio: int) -> float:
+        """Cost at a ratio in thousandths; never rises with it."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What every table costs on inputs of one shape, without running it; ``unit`` says of what: FLOPs, tokens, or latency (ms)."""
+
+    dense: float
+    blocks: tuple[Curve, ...]
+    unit: BudgetKind = "flops"
+
+    @property
+    def fixed(self) -> float:
+        """Cost outside the routed blocks."""
+        return self.dense - sum(block.dense for block in self.blocks)
+
+    def row_cost(self, row: Sequence[int]) -> float:
+        """Cost of one forward at one row of ratios in thousandths."""
+        return self.fixed + sum(block.at(ratio) for block, ratio in zip(self.blocks, row, strict=True))
 
     def share(self, rows: Sequence[Sequence[int]]) -> float:
-        """Mean share of the dense FLOPs over the rows of a table."""
-        return sum(map(self.row_flops, rows)) / len(rows) / self.dense_flops
+        """Mean share of the dense cost over the rows of a table."""
+        return sum(map(self.row_cost, rows)) / len(rows) / self.dense
 
     @property
     def minimum_share(self) -> float:
-        """Share of the dense FLOPs at ratio one everywhere."""
+        """Share of the dense cost at ratio one everywhere."""
         return self.share([[SCALE] * len(self.blocks)])
+
+    def in_tokens(self) -> CostModel:
+        """The same blocks, each costing the tokens that it keeps (the paper's budget: their mean share)."""
+        blocks = tuple(BlockCost(block.num_tokens, block.num_tokens, 0, (0, 1, 0)) for block in self.blocks)
+        return CostModel(sum(block.dense for block in blocks), blocks, "tokens")
 
     def expected_share(self, masters: Tensor) -> Tensor:
         """Share at ratios between bins, as the two-bin estimator mixes them: differentiable, () float32.
@@ -93,13 +122,13 @@ class CostModel:
         masters: (num_regions, num_blocks) in [0, 1].
         """
         at_bins = torch.tensor([[block.at(ratio) for ratio in range(0, SCALE + 1, BIN)] for block in self.blocks])
-        at_bins = at_bins.double() / self.dense_flops
+        at_bins = at_bins.double() / self.dense
         position = masters.double() * (SCALE / BIN)
         lower = (position.detach() + 1e-5).floor().clamp(0, SCALE // BIN - 1)
         columns = torch.arange(len(self.blocks))
         low, high = at_bins[columns, lower.long()], at_bins[columns, lower.long() + 1]
         spent = (low + (position - lower) * (high - low)).sum(dim=1).mean()
-        return (spent + self.fixed_flops / self.dense_flops).float()
+        return (spent + self.fixed / self.dense).float()
 
 
 def cost(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Cost:
@@ -109,10 +138,11 @@ def cost(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Cost
     the model was transformed. Raises NotTransformedError, CaptureError.
     """
     state = settle(model, example_inputs)
-    costs = measure_costs(model, example_inputs) if example_inputs is not None else cost_model(model)
+    costs = cost_model(model) if example_inputs is None else measure_costs(model, example_inputs)
+    state.costs = state.costs or costs
     rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
     memory = sum(block.memory for block, routing in zip(costs.blocks, state.blocks, strict=True) if any(routing.ratios))
-    return Cost(costs.dense_flops, tuple(costs.row_flops(row) for row in rows), memory)
+    return Cost(int(costs.dense), tuple(int(costs.row_cost(row)) for row in rows), memory)
 
 
 def cost_model(model: nn.Module) -> CostModel:
@@ -124,7 +154,18 @@ def cost_model(model: nn.Module) -> CostModel:
 
 
 def measure_costs(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
-    """Count the FLOPs of a model and of each of its blocks on ``inputs``, under fake tensors where the model allows."""
+    """Count the FLOPs of a model and of each of its blocks on ``inputs``, under fake tensors where the model allows.
+
+    A model sharded by FSDP2 can't be looked at any more: what was counted before, when ``transform`` had its inputs, is taken.
+    """
+    if is_sharded(model):
+        known: CostModel | None = routing_of(model).costs
+        if known is None:
+            raise CaptureError(
+                f"{type(model).__name__} is sharded, so its FLOPs can't be counted. Before fully_shard, call "
+                "transform(model, example_inputs=...) in the process group, or diffcr_compile.cost(model, inputs)."
+            )
+        return known
     errors = []
     for fake in (True, False):
         try:
@@ -140,18 +181,21 @@ def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostMod
     state: ModelRouting = routing_of(model)
     modules = [model.get_submodule(block.fqn) for block in state.blocks]
     calls: dict[str, list[tuple[Any, Any]]] = {block.fqn: [] for block in state.blocks}
-    state.dense, state.observers = True, []
+    state.dense, state.observers, state.masters = True, [], None
+    handles = []
     for block, module in zip(state.blocks, modules, strict=True):
         block.compiled = None
-        module.register_forward_pre_hook(_recorder(calls[block.fqn]), with_kwargs=True)
+        handles.append(module.register_forward_pre_hook(_recorder(calls[block.fqn]), with_kwargs=True))
     with dry_run(model, fake=fake) as convert:
         with count_flops() as counter:
             model(**map_leaves(convert, inputs))
+        for handle in handles:
+            handle.remove()  # a graph that is yet to be exported would call them
         state.dense = False
         known: dict[Any, BlockCost] = {}
         blocks = []
         for block, module in zip(state.blocks, modules, strict=True):
-            key = (next(iter(block.programs)), type(module), _shapes(module, calls[block.fqn]))
+            key = (next(iter(block.programs)), type(module), block_shapes(module, calls[block.fqn]))
             if key not in known:
                 known[key] = _measure_block(block, module, calls[block.fqn])
             blocks.append(known[key])
@@ -162,7 +206,8 @@ def _recorder(calls: list[tuple[Any, Any]]) -> Any:
     return lambda module, args, kwargs: calls.append((args, kwargs))
 
 
-def _shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:
+def block_shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:
+    """Shapes of a block's parameters and of what it is called with: blocks of one family that agree in them cost the same."""
     parameters = tuple(tuple(parameter.shape) for parameter in module.parameters())
     leaves = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(list(calls)) if isinstance(leaf, Tensor))
     return parameters, leaves
@@ -171,19 +216,21 @@ def _shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:
 def _measure_block(block: BlockRouting, module: nn.Module, calls: list[tuple[Any, Any]]) -> BlockCost:
     """Sum over the block's calls in one forward."""
     num_tokens = _num_tokens(block, calls[0])
+    for args, kwargs in calls:
+        prepare_context(
+            module, block, args, kwargs
+        )  # before counting: an export's operations are counted like any others
 
     def flops(ratio: int) -> int:
         with count_flops() as counter:
             for args, kwargs in calls:
-                if ratio:
-                    prepare_context(module, block, args, kwargs)
                 forward_at(module, ratio, args, kwargs)
         return counter.get_total_flops()
 
     ks = [capacity(num_tokens, ratio) for ratio in _SAMPLED_RATIOS]
-    powers = torch.tensor([[1.0, k, k * k] for k in ks], dtype=torch.float64)
-    found = torch.tensor([float(flops(ratio)) for ratio in _SAMPLED_RATIOS], dtype=torch.float64)
-    a, b, c = torch.linalg.lstsq(powers, found.unsqueeze(1)).solution.flatten().tolist()
+    powers = np.array([[1.0, k, k * k] for k in ks])
+    found = np.array([float(flops(ratio)) for ratio in _SAMPLED_RATIOS])
+    a, b, c = np.linalg.lstsq(powers, found, rcond=None)[0].tolist()
     return BlockCost(num_tokens, flops(0), flops(SCALE), (a, b, c), _memory(block, calls[0]))
 
 

@@ -1,14 +1,17 @@
-"""Learning as a mode: inside it every block mixes its outputs at the two bins around its ratio, so that ratios learn."""
+"""Learning as a mode: inside it every block's output depends on its ratio by an estimator, so that ratios learn."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .config import Estimator
 from .cost import cost_model
+from .estimators import ESTIMATORS, estimate
 from .routed import ModelRouting, router_weight, settle
 from .table import read_table
 
@@ -26,19 +29,24 @@ class Learnable:
 
 
 @contextlib.contextmanager
-def learning(model: nn.Module) -> Iterator[Learnable]:
+def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[Learnable]:
     """Forward *and* backward inside learn routers and ratios (DiffCR, section 3)::
 
         with diffcr_compile.learning(model) as learnable:
             (loss(model) + 0.3 * diffcr_compile.budget_loss(model, 0.8)).backward()
 
     A forward at ratio zero has the values of the original model. After an optimiser step on ``learnable.ratios`` the table in
-    force, and ``ratios(model)``, are its nearest bins. A ratio's cost is a second forward of its block.
-    Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
+    force, and ``ratios(model)``, are its nearest bins.
+
+    estimator: ``"two-bin"`` (the paper): each block runs at both neighbouring bins and their outputs are mixed; ``"single-pass"``:
+    it runs at the larger one, and the tokens that the smaller leaves out get a share of their update.
+    Raises ValueError for another estimator; NotTransformedError; CaptureError where the blocks have not been looked for yet.
     """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, found {estimator!r}")
     state = settle(model)
     learnable = learnables(model, state)
-    before, state.learning = state.learning, True
+    before, state.learning = state.learning, functools.partial(estimate, estimator)
     try:
         yield learnable
     finally:

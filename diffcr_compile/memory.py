@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .plan import BlockPlan
 from .primitives import flat_rows, lay_along
@@ -63,7 +64,14 @@ def fits(memory: Memory, plan: BlockPlan, values: list[Any]) -> bool:
     stream = values[plan.stream]
     held = memory.updates[0]
     shape = (stream.shape[plan.batch_axis], stream.shape[plan.token_axis])
-    return tuple(memory.age.shape) == shape and held.dtype == stream.dtype and held.device == stream.device
+    return tuple(memory.age.shape) == shape and (held.dtype, held.device) == (stream.dtype, stream.device)
+
+
+def writable(memory: Memory) -> Memory:
+    """The memory, copied where it was made in inference mode and this is outside."""
+    if torch.is_inference_mode_enabled() or not memory.age.is_inference():
+        return memory
+    return pytree.tree_map(lambda tensor: tensor.clone(), memory)
 
 
 def oldest_first(memory: Memory) -> Tensor:

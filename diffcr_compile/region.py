@@ -96,8 +96,11 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
 
 def reset(model: nn.Module) -> None:
     """With ``skip="reuse"``: the next forward of this thread begins a new trajectory, and its first step is dense; what was
-    remembered is freed. Trajectories are noticed by themselves: needed only to free memory, or where one begins at the timestep
-    that another ended with. Raises NotTransformedError, CaptureError."""
+    remembered is freed. Trajectories are noticed by themselves: needed only to free memory, or where one begins at or below the
+    timestep that another ended with (image to image at low strength after a picture of few steps).
+
+    Raises NotTransformedError, CaptureError.
+    """
     current = settle(model).current
     current.trajectory = None
     current.recalled.clear()
@@ -122,16 +125,24 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         return None
     if state.deferred is not None:
         _settle_now(model, state, args, kwargs)
+    if state.plan is None:  # a shadow of the model, while its blocks are being looked for
+        return None
     if not torch.compiler.is_compiling():
         state.sync_with_masters()
+    if state.current.split is not None:  # an error ended the forward that it belongs to
+        state.current.split = None
     if state.current.pinned:
+        return None
+    if state.dense:
+        state.current.trajectory = None
         return None
     if not (state.learning or state.varies_by_region or state.config.skip == "reuse"):
         return None
     bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
     follow_trajectory(model, state, bound)
     regions = resolve_regions(model, state, bound)
-    state.current.split = None
+    if torch.is_grad_enabled():
+        state.current.remember_regions(regions)
     state.current.region = state.last_region = regions[0]
     if len(set(regions)) == 1:
         return None
@@ -143,7 +154,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     groups = {
         region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
     }
-    first = _pick_samples(model, state, groups[regions[0]], args, kwargs)
+    first = pick_samples(model, state, groups[regions[0]], args, kwargs)
     state.current.split = (groups, args, kwargs)
     return first
 
@@ -155,7 +166,7 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     (groups, args, kwargs), state.current.split = state.current.split, None
     outputs = [output]
     for region, samples in list(groups.items())[1:]:
-        group_args, group_kwargs = _pick_samples(model, state, samples, args, kwargs)
+        group_args, group_kwargs = pick_samples(model, state, samples, args, kwargs)
         with pin_region(state, region):
             outputs.append(model.forward(*group_args, **group_kwargs))
     place = torch.argsort(torch.cat(list(groups.values())))
@@ -191,14 +202,15 @@ def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Modu
     return value
 
 
-def _pick_samples(
+def pick_samples(
     model: nn.Module, state: ModelRouting, samples: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call for some samples of the batch."""
     axes = state.plan.input_batch_axes
     names = positional_names(type(model).forward)
     bound = bind_arguments(names, args, kwargs)
-    known = {path for path, _ in iterate_leaves(bound)} <= state.plan.input_paths
+    paths = {path for path, leaf in iterate_leaves(bound) if leaf is not None and not isinstance(leaf, bool)}
+    known = paths <= state.plan.input_paths
     if not axes or not known:
         raise UnsupportedError(
             f"the samples of this batch lie in different timestep regions, and {type(model).__name__}'s batch axes "

@@ -24,7 +24,7 @@ from .context import ContextGraph, ContextKey, context_key
 from .errors import CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, resume_tokens
 from .plan import BlockPlan, ModelPlan
-from .ratios import BIN, SCALE, capacity, nearest_bin, neighbour_bins
+from .ratios import capacity, nearest_bin
 from .router import Router
 from .trajectory import Trajectory
 
@@ -42,8 +42,8 @@ Recalled = tuple[Memory, bool]
 class Current(threading.local):
     """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
     ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
-    several regions; ``trajectory``, with reuse; ``recalled``: what each block remembers in this forward, where it runs in one graph
-    of the whole model."""
+    several regions; ``differentiated``: the regions of the forwards that no backward has recomputed yet; ``trajectory``, with
+    reuse; ``recalled``: what each block remembers in this forward, where it runs in one graph of the whole model."""
 
     region: int | None = None
     pinned: bool = False
@@ -53,6 +53,28 @@ class Current(threading.local):
 
     def __init__(self) -> None:
         self.recalled: dict[int, Recalled] = {}
+        self.differentiated: set[int] = set()
+        self.recomputed = False
+
+    def remember_regions(self, regions: Sequence[int]) -> None:
+        """A forward in these regions may be differentiated; those before it have been, if any was recomputed."""
+        if self.recomputed:
+            self.differentiated.clear()
+            self.recomputed = False
+        self.differentiated.update(regions)
+
+    def check_recomputation(self, fqn: str) -> None:
+        """Gradient checkpointing runs a block again in backward, when the region of its forward is known only if all had the
+        same. Raises UnsupportedError."""
+        if torch._C._current_graph_task_id() == -1:
+            return
+        self.recomputed = True
+        if len(self.differentiated) > 1:
+            raise UnsupportedError(
+                f"{fqn} is recomputed in backward (gradient checkpointing) after forwards in timestep regions "
+                f"{sorted(self.differentiated)}, and which of them it belongs to is unknown. Let each backward follow forwards of "
+                "one region, or turn gradient checkpointing off."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
         return Current()
@@ -152,10 +174,11 @@ class ModelRouting(_Whole):
 
     plan: None while the search for blocks is ``deferred``. blocks: in order of first execution, the columns of the ratio
     table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
-    integers were last taken from it. learning: two-bin forwards; dense: every block as it was. trained: the routers have
-    been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with. costs: the
-    cost model on the inputs last measured. rebuild: rewrites a block's graph for full context where its modules have changed.
-    outlined: how to give a graph module its one flat graph back.
+    integers were last taken from it. learning: what blocks compute while they learn; dense: every block as it was. trained: the
+    routers have been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed
+    with. costs: the cost model on the inputs last measured. report: of the calibration that made the table. rebuild: rewrites a
+    block's graph for full context where its modules have changed.
+    outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
     observers: called with each block's name and kept tokens (B, K).
     """
 
@@ -167,7 +190,7 @@ class ModelRouting(_Whole):
     masters: Tensor | None = None
     synced: int = 0
     deferred: Callable[..., None] | None = None
-    learning: bool = False
+    learning: Callable[..., Any] | None = None
     dense: bool = False
     trained: bool = False
     warned: bool = False
@@ -175,7 +198,9 @@ class ModelRouting(_Whole):
     example_inputs: dict[str, Any] = field(default_factory=dict)
     rebuild: Callable[..., ContextGraph] | None = None
     outlined: Any = None
+    fingerprint: str = ""
     costs: Any = None
+    report: dict[str, Any] | None = None
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
 
     @property
@@ -286,14 +311,19 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
         routing = self.__dict__.get(STATE)
         if routing is None or routing.model.dense:
             return base(self, *args, **kwargs)
-        if routing.model.learning:
-            return _learning_forward(self, routing, args, kwargs)
+        if not torch.compiler.is_compiling():
+            routing.model.current.check_recomputation(routing.fqn)
+        if routing.model.learning is not None:
+            return routing.model.learning(self, routing, args, kwargs)
         if torch.compiler.is_compiling():
-            return forward_at(self, routing.ratio(), args, kwargs, routing.model.current.recalled.get(routing.index))
-        ratio, recalled = prepare(self, routing, args, kwargs)
+            recalled = (
+                routing.model.current.recalled
+            )  # read by number only where it holds any: Dynamo would guard on the number
+            return forward_at(self, routing.ratio(), args, kwargs, recalled.get(routing.index) if recalled else None)
+        ratio, mine = prepare(self, routing, args, kwargs)
         if routing.compiled is not None and not routing.model.observers:
-            return routing.compiled(self, ratio, args, kwargs, recalled)
-        return forward_at(self, ratio, args, kwargs, recalled)
+            return routing.compiled(self, ratio, args, kwargs, mine)
+        return forward_at(self, ratio, args, kwargs, mine)
 
     # Pickling a bound method stores its name alone; under the name "forward" it would come back as the dense forward.
     forward.__name__ = "diffcr_routed_forward"
@@ -423,33 +453,6 @@ def router_weight(module: nn.Module) -> Tensor:
     """The router's vector (D,) of a routed block."""
     router = getattr(module, ROUTER)
     return router.weight
-
-
-def _learning_forward(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Two-bin estimate (DiffCR, section 3): a mix of the outputs at the two neighbouring bins, by nearness.
-
-    lower + w (upper - lower) with w the ratio's place between the bins: at a bin the value is that bin's, and the slope of
-    the ratio is <dL/dout, upper - lower> / width everywhere.
-    """
-    masters = routing.model.masters
-    assert masters is not None
-    master = masters[routing.model.region(), routing.index]
-    low, high = neighbour_bins(float(master.detach()))
-    lower = forward_at(module, low, args, kwargs)
-    upper = forward_at(module, high, args, kwargs)
-    return _mix(lower, upper, (master - low / SCALE) * (SCALE / BIN))
-
-
-def _mix(lower: Any, upper: Any, weight: Tensor) -> Any:
-    others = iter([leaf for _, leaf in iterate_leaves(upper) if isinstance(leaf, Tensor)])
-
-    def one(_: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        other = next(others)
-        return leaf + weight.to(device=leaf.device, dtype=leaf.dtype) * (other - leaf)
-
-    return map_leaves(one, lower)
 
 
 def _observe(routing: BlockRouting, plan: BlockPlan, values: list[Any], kept: Tensor | None, k: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .memory import Memory, allocate, fits
+from .memory import Memory, allocate, fits, writable
 from .plan import BlockPlan
 
 MAX_SLOTS = 4
@@ -39,6 +39,7 @@ class Trajectory:
     ranks: dict[Any, Tensor] = field(default_factory=dict)
     _values: tuple[float, ...] = ()
     _direction: int = 0
+    _rose: bool = False
     _recalled: set[tuple[int, int]] = field(default_factory=set)
     _shapes: dict[int, Any] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
@@ -53,13 +54,24 @@ class Trajectory:
         direction = _direction(before, self._values)
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
             self.slot += 1
-        elif direction in (1, -1) and self._direction in (0, direction):
+        elif self._continues(direction):
             self._direction, self.slot = direction, 0
         else:
+            self._rose = direction == 1 and self._direction == 0
             self._direction, self.slot = 0, 0
             self._started.clear()
         self.first = self.slot not in self._started
         self._started.add(self.slot)
+
+    def _continues(self, direction: int) -> bool:
+        """Whether a step in this direction goes on.
+
+        Timesteps fall in most models: a first rise is taken for the beginning of another picture after one of a single step, a
+        second one for a model whose timesteps rise.
+        """
+        if self._direction == 0:
+            return direction == -1 or (direction == 1 and self._rose)
+        return direction == self._direction
 
     def recall(self, index: int, plan: BlockPlan, values: list[Any], degree: int) -> tuple[Memory, bool]:
         """Memory of block ``index`` in this slot, made new if it does not fit the call, and whether it is empty."""
@@ -76,7 +88,7 @@ class Trajectory:
             stream = values[plan.stream]
             rank = self._rank(stream.shape[plan.token_axis], stream.device)
             memory, empty = allocate(plan, values, degree, rank, self.now), True
-        self.memories[key] = memory
+        memory = self.memories[key] = writable(memory)
         return memory._replace(now=self.now.to(memory.age.device)), empty
 
     def recall_all(self, indices: list[int], shapes: Any) -> dict[int, tuple[Memory, bool]] | None:
@@ -84,7 +96,8 @@ class Trajectory:
         known, self._shapes[self.slot] = self._shapes.get(self.slot) == shapes, shapes
         if not known or any((self.slot, index) not in self.memories for index in indices):
             return None
-        memories = {index: self.memories[self.slot, index] for index in indices}
+        memories = {index: writable(self.memories[self.slot, index]) for index in indices}
+        self.memories.update({(self.slot, index): held for index, held in memories.items()})
         return {
             index: (held._replace(now=self.now.to(held.age.device)), self.first) for index, held in memories.items()
         }

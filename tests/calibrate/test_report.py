@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import html
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffcr_compile.calibration.report import CalibrationReport, draw_table
+from models import Shape, original, reference_flops, routed, tiny_inputs
+
+import diffcr_compile
+from diffcr_compile import ArtefactError, CalibrationConfig
+from diffcr_compile.plan import TimestepPlan
 
 
 @pytest.fixture
@@ -27,7 +38,10 @@ def report() -> CalibrationReport:
 def test_the_text(report: CalibrationReport) -> None:
     lines = str(report).splitlines()
     assert lines[0] == "budget 60.0% of the dense FLOPs, met with 59.70%; 5 steps in 12 s, last loss 0.2000"
-    assert lines[2:] == ["  0.10 0.20 0.30    80.0% of FLOPs", "  0.40 0.50 1.00    39.4% of FLOPs"]
+    assert lines[2:] == [
+        "  0.10 0.20 0.30    80.0% of FLOPs,  80.0% of tokens",
+        "  0.40 0.50 1.00    39.4% of FLOPs,  36.7% of tokens",
+    ]
 
 
 def test_the_picture(report: CalibrationReport, tmp_path: Path) -> None:
@@ -43,3 +57,146 @@ def test_the_heat_map_has_a_cell_for_every_ratio(report: CalibrationReport) -> N
     draw_table(axes, report.table)
     assert [text.get_text() for text in axes.texts] == ["0.1", "0.2", "0.3", "0.4", "0.5", "1.0"]
     assert axes.get_xlabel() == "block"
+
+
+@pytest.fixture
+def full(report: CalibrationReport) -> CalibrationReport:
+    """Every field given."""
+    return replace(
+        report,
+        budget_kind="tokens",
+        tables={0.6: report.table, 0.4: report.table + 0.05},
+        diagnostics=("a: <collapsed> & flat",),
+        scores=((-1.0, 1.0, (1, 2, 3)), (0.0, 0.0, (0, 0, 0)), (0.5, 2.0, (5, 0, 1))),
+        timestep=TimestepPlan("t", 0.0, 1000.0),
+    )
+
+
+def same(left: CalibrationReport, right: CalibrationReport) -> bool:
+    tables = [left.tables, right.tables]
+    return (
+        left.to_dict() == right.to_dict()
+        and left.timestep == right.timestep
+        and left.scores == right.scores
+        and torch.equal(left.table, right.table)
+        and list(tables[0]) == list(tables[1])
+        and all(torch.equal(one, tables[1][budget]) for budget, one in tables[0].items())
+    )
+
+
+@pytest.mark.parametrize("name", ["report", "full"])
+def test_it_survives_json_and_the_disk(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    report: CalibrationReport = request.getfixturevalue(name)
+    assert same(CalibrationReport.from_dict(json.loads(json.dumps(report.to_dict()))), report)
+    report.save(tmp_path / "made" / "here")
+    found = CalibrationReport.load(tmp_path / "made" / "here")
+    assert same(found, report)
+    assert str(found) == str(report)
+    assert (found.history, found.blocks, found.region_flops) == (report.history, report.blocks, report.region_flops)
+    assert sorted(path.name for path in (tmp_path / "made" / "here").iterdir()) == ["report.json", "report.png"]
+
+
+def test_the_cost_over_a_samplers_steps_is_the_mean_of_its_regions(full: CalibrationReport) -> None:
+    assert full.sampler_share([999.0, 750.0, 500.0, 499.9]) == pytest.approx((3 * 394 + 800) / 4 / 1000)
+    assert full.sampler_share(torch.tensor([10, 20])) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=r"timestep 't' is 1200, outside 0\.\.1000"):
+        full.sampler_share([1200.0])
+
+
+def test_without_a_timestep_input_every_step_costs_the_same(report: CalibrationReport) -> None:
+    one = replace(report, table=report.table[:1], region_flops=(800,))
+    assert one.sampler_share([3.0, 1e9]) == 0.8
+
+
+@pytest.mark.parametrize("name", ["report", "full"])
+def test_notebooks_show_text_and_picture(name: str, request: pytest.FixtureRequest) -> None:
+    report: CalibrationReport = request.getfixturevalue(name)
+    page = report._repr_html_()
+    found = re.search(r'<img [^>]*src="data:image/png;base64,([A-Za-z0-9+/=]+)"', page)
+    assert found is not None
+    assert base64.b64decode(found[1]).startswith(b"\x89PNG\r\n\x1a\n")
+    assert html.escape(str(report)) in page
+    assert "<collapsed>" not in page
+    assert report._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        "[" * 5000,
+        '{"type": "diffcr_compile.routing", "version": 1}',
+        '{"type": "diffcr_compile.report", "version": 2}',
+        '{"type": "diffcr_compile.report", "version": "1"}',
+        '{"type": "diffcr_compile.report", "version": 1}',
+    ],
+)
+def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"report\.json is damaged or newer than this package"):
+        CalibrationReport.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("table", "x"), ("tables", [[0.5]]), ("timestep", [1]), ("scores", [1]), ("unknown", 1)],
+        *(
+            pytest.param(
+                field,
+                value,
+            )
+            for field, value in (
+                ("table", None),
+                ("history", [3]),
+                ("budget", "x"),
+                ("budget_kind", "x"),
+                ("region_flops", [1]),
+            )
+        ),
+    ],
+)
+def test_a_damaged_entry_is_refused(full: CalibrationReport, field: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(full.to_dict() | {field: value}))
+    with pytest.raises(ArtefactError, match=r"report\.json is damaged"):
+        CalibrationReport.load(tmp_path)
+
+
+def test_no_report_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"holds no report; expected the file report\.json"):
+        CalibrationReport.load(tmp_path)
+
+
+def test_save_writes_the_report_of_the_calibration(tmp_path: Path) -> None:
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model = routed(shape)
+    diffcr_compile.save(model, tmp_path / "before")
+    with pytest.raises(ArtefactError, match="holds no report"):
+        CalibrationReport.load(tmp_path / "before")
+    batches = [tiny_inputs(shape, num_tokens=40, seed=seed, timestep=300.0 * seed) for seed in range(4)]
+    config = CalibrationConfig(steps=4, trainable="routers")
+    report = diffcr_compile.calibrate(model, batches, budget=(0.8, 0.6), config=config)
+    diffcr_compile.save(model, tmp_path / "after")
+    found = CalibrationReport.load(tmp_path / "after")
+    assert same(found, report)
+    assert list(found.tables) == [0.8, 0.6]
+    # regions of equal width, one step in each: the mean of the rows
+    assert found.sampler_share([100.0, 300.0, 600.0, 900.0]) == pytest.approx(found.share)
+    found.plot()
+
+
+def test_sampler_share_is_that_of_the_forwards(tmp_path: Path) -> None:
+    """FLOPs counted by torch in forwards at each timestep."""
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, steps = routed(shape), (950.0, 600.0, 580.0, 20.0)
+    batches = [tiny_inputs(shape, num_tokens=40, seed=place, timestep=step) for place, step in enumerate(steps)]
+    config = CalibrationConfig(steps=4, trainable="routers")
+    report = diffcr_compile.calibrate(model, batches, budget=0.6, config=config)
+    plain = original(shape)
+    counted = [reference_flops(functools.partial(model, **batch)) for batch in batches]
+    dense = reference_flops(functools.partial(plain, **batches[0]))
+    assert report.sampler_share(steps) == pytest.approx(sum(counted) / 4 / dense, rel=1e-6)

@@ -163,3 +163,91 @@ def test_bfloat16_models_learn_with_float32_masters(model: TinyDiT) -> None:
     report = diffcr_compile.calibrate(model, batches, budget=0.6, config=QUICK)
     assert 0.594 <= report.share <= 0.6
     assert bool(torch.isfinite(model(**batches[0])).all())
+
+
+@pytest.mark.parametrize("which", [0, 2])
+@pytest.mark.parametrize("trainable", ["all", "routers"])
+def test_what_is_no_number_is_said_and_table_and_routers_are_put_back(
+    model: TinyDiT, trainable: str, which: int
+) -> None:
+    diffcr_compile.set_ratios(model, 0.25)
+    routers = [block.diffcr_router.weight.clone() for block in model.blocks]
+    spoilt = [{**batch, "x": batch["x"].clone()} for batch in BATCHES]
+    spoilt[which]["x"][0, 0, 0] = torch.nan
+    config = CalibrationConfig(steps=8, trainable=trainable)  # type: ignore[arg-type]
+    with pytest.raises(diffcr_compile.CalibrationError, match=r"the loss is nan .* Table and routers are as before"):
+        diffcr_compile.calibrate(model, spoilt, budget=0.6, config=config)
+    assert torch.equal(diffcr_compile.ratios(model), torch.full((4, 3), 0.25))
+    assert all(
+        torch.equal(block.diffcr_router.weight, router) for block, router in zip(model.blocks, routers, strict=True)
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_divergence_is_said(model: TinyDiT) -> None:
+    config = CalibrationConfig(steps=40, learning_rate=0.3)
+    with pytest.raises(diffcr_compile.CalibrationError, match=r"learning diverged: at step \d+ .* Lower the learning"):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
+    assert not diffcr_compile.ratios(model).any()
+
+
+def test_batches_of_a_data_loader(model: TinyDiT) -> None:
+    from torch.utils.data import DataLoader
+
+    samples = [{name: value[place] for name, value in batch.items()} for batch in BATCHES for place in range(3)]
+    report = diffcr_compile.calibrate(model, DataLoader(samples, batch_size=4), budget=0.7, config=QUICK)  # type: ignore[arg-type]
+    assert 0.693 <= report.share <= 0.7
+
+
+@pytest.mark.parametrize("estimator", ["two-bin", "single-pass"])
+def test_gradient_checkpointing_gives_the_same_table_and_weights(estimator: str) -> None:
+    """Batches of one region each, as calibrate makes them."""
+    from torch.utils.checkpoint import checkpoint
+
+    steps = (20.0, 400.0, 950.0)
+    batches = [tiny_inputs(SHAPE, num_tokens=20, seed=seed, timestep=step) for seed, step in enumerate(steps)]
+    config = CalibrationConfig(steps=6, estimator=estimator)  # type: ignore[arg-type]
+    found = []
+    for recompute in (False, True):
+        model = routed(SHAPE)
+        for block in model.blocks if recompute else ():
+            forward = block.forward
+
+            def again(*args: Any, forward: Any = forward) -> Any:
+                return checkpoint(forward, *args, use_reentrant=False)
+
+            block.forward = again
+        report = diffcr_compile.calibrate(model, batches, budget=0.6, config=config)
+        losses = torch.tensor([entry["loss"] for entry in report.history])
+        found.append((report.table, losses, [parameter.detach() for parameter in model.parameters()]))
+    assert same_bits(found[0], found[1])
+
+
+def test_the_papers_way_at_few_steps() -> None:
+    config = diffcr_compile.DiffCRConfig(gate="sigmoid")
+    model = diffcr_compile.transform(original(SHAPE), config, example_inputs=BATCHES[0])
+    noise = torch.randn(BATCHES[0]["x"].shape, generator=torch.Generator().manual_seed(0))
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        return (one(**batch) - noise).square().mean()
+
+    report = diffcr_compile.calibrate(
+        model, BATCHES, budget=0.7, loss=loss, config=CalibrationConfig(preset="paper", steps=6)
+    )
+    assert report.budget_kind == "tokens"
+    assert 0.693 <= report.share <= 0.7
+    assert [entry["phase"] for entry in report.history] == ["learn"] * 6
+    assert 1 - float(report.table.mean()) == pytest.approx(report.share, abs=0.01)
+
+
+def test_an_error_inside_a_batch_of_several_regions_spoils_no_later_forward(model: TinyDiT) -> None:
+    steps = torch.tensor([20.0, 950.0, 20.0])
+
+    def stop(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt), diffcr_compile.learning(model):
+        model(**tiny_inputs(SHAPE, timestep=steps))
+    handle.remove()
+    assert same_bits(model(**BATCHES[0]), original(SHAPE)(**BATCHES[0]))

@@ -58,7 +58,7 @@ def test_options_are_frozen_and_by_keyword() -> None:
         (CalibrationConfig, {"steps": 0}, "steps must be an integer >= 1, found 0"),
         (CalibrationConfig, {"learning_rate": 0.0}, "learning_rate must be positive, found 0.0"),
         (CalibrationConfig, {"tolerance": -1.0}, "tolerance must be positive"),
-        (CalibrationConfig, {"trainable": "lora"}, "trainable must be one of"),
+        (CalibrationConfig, {"trainable": "none"}, "trainable must be one of"),
         (CalibrationConfig, {"ramp": 0.8, "settle": 0.4}, "ramp \\+ settle must be at most 1"),
         (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
     ],

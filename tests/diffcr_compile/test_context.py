@@ -8,6 +8,7 @@ import torch
 from models import Shape, original
 from torch import nn
 
+import diffcr_compile
 from diffcr_compile.context import context_key
 
 
@@ -43,3 +44,25 @@ def test_weights_and_the_blocks_own_hooks_do_not() -> None:
         changed.stream.out.weight.mul_(2)
     changed.register_forward_pre_hook(lambda module, args: None)
     assert context_key(changed) == context_key(block())
+
+
+def test_a_graph_that_makes_tensors_is_proved_wherever_its_block_lies() -> None:
+    """On the meta device as on the CPU: what the export saw is not what the proof runs on."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
+            bias = torch.zeros(1, 1, 1, x.shape[1], device=x.device)
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).squeeze(1)
+            return x + self.out(attended)
+
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model, inputs = nn.Sequential(Padded(), Padded(), Padded()), torch.randn(2, 11, 8)
+        diffcr_compile.transform(model, diffcr_compile.DiffCRConfig(context="all"), example_inputs={"input": inputs})
+        (plan,) = diffcr_compile.explain(model).plan.families
+        assert (plan.context, plan.context_note) == ("all", "")

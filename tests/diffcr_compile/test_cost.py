@@ -46,12 +46,12 @@ def test_the_expected_share_is_the_share_at_bins_and_linear_between(model: TinyD
 
 def test_a_cost_model_adds_up() -> None:
     block = BlockCost(num_tokens=10, dense=1000, skipped=0, curve=(5.0, 80.0, 2.0))
-    costs = CostModel(dense_flops=2500, blocks=(block, block))
-    assert costs.fixed_flops == 500
+    costs = CostModel(dense=2500, blocks=(block, block))
+    assert costs.fixed == 500
     assert block.at(0) == 1000
     assert block.at(50) == 1000, "no token skips"
     assert block.at(1000) == 0
     assert block.at(500) == 5 + 400 + 50
-    assert costs.row_flops([0, 500]) == 500 + 1000 + 455
+    assert costs.row_cost([0, 500]) == 500 + 1000 + 455
     assert costs.share([[0, 0], [1000, 1000]]) == (2500 + 500) / 2 / 2500
     assert costs.minimum_share == 0.2

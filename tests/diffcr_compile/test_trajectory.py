@@ -22,7 +22,12 @@ def test_steps_towards_the_data_continue() -> None:
 
 
 def test_rising_timesteps_are_a_trajectory_too() -> None:
-    assert follow(0.0, 0.3, 0.9) == [(0, True), (0, False), (0, False)]
+    """The first rise may begin another picture after one of a single step; the second says that timesteps rise here."""
+    assert follow(0.0, 0.3, 0.6, 0.9) == [(0, True), (0, True), (0, False), (0, False)]
+
+
+def test_after_a_picture_of_one_step_another_begins() -> None:
+    assert follow(250, 999, 500, 1) == [(0, True), (0, True), (0, False), (0, False)]
 
 
 def test_turning_back_begins_a_new_one() -> None:

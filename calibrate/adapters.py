@@ -1,0 +1,62 @@
+"""LoRA in place of the weights: peft's adapters on the routed blocks while they learn, merged into the weights at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..routed import ModelRouting
+
+NAME = "diffcr"
+
+
+@contextlib.contextmanager
+def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Iterator[None]:
+    """Inside, every linear layer of the routed blocks has an adapter, and only adapters require gradients.
+
+    Afterwards the layers are as before, with the adapters' products added to their weights; after an error without. peft draws the
+    adapters' start from the global generator, which is put back. Raises UnsupportedError where peft is missing, where the model
+    has adapters already, or where no routed block has a linear layer.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise UnsupportedError(
+            "trainable='lora' needs peft: pip install 'diffcr-compile[peft]', or train 'all' or 'routers'."
+        ) from error
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise UnsupportedError(
+                f"{name} has an adapter already. trainable='all' trains it where the weights below are frozen; or fuse it first."
+            )
+    targets = [
+        f"{block.fqn}.{name}"
+        for block in state.blocks
+        for name, module in model.get_submodule(block.fqn).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    if not targets:
+        raise UnsupportedError("no routed block has a linear layer to adapt: train 'all' or 'routers'.")
+    described = vars(model).get("peft_config")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tuner = LoraModel(model, config, NAME)
+    try:
+        yield
+    except BaseException:
+        tuner.unload()
+        raise
+    else:
+        tuner.merge_and_unload()
+    finally:
+        vars(model).pop("peft_config", None)
+        if described is not None:
+            described.pop(NAME, None)
+            model.peft_config = described  # type: ignore[assignment]

@@ -1,0 +1,118 @@
+"""What calibration is fed: read once, moved to the model when used, drawn in an order that a seed decides."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names
+from ..errors import CalibrationError, UnsupportedError
+from ..region import pick_samples, region_of, timestep_value
+from ..routed import ModelRouting
+
+Batch = dict[str, Any]
+
+
+def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
+    """All of them; a sequence stays as it is, and may read its batches when asked. Raises CalibrationError where there are none,
+    TypeError where one is no dictionary."""
+    read = batches if isinstance(batches, Sequence) else list(batches)
+    if not read:
+        raise CalibrationError("calibrate was given no batches; expected keyword dictionaries of the model's forward.")
+    for batch in read:
+        if not isinstance(batch, dict):
+            raise TypeError(
+                f"batches must be keyword dictionaries of the model's forward, found {type(batch).__name__}"
+            )
+    return read
+
+
+def to_device(model: nn.Module, batch: Batch) -> Batch:
+    """The batch with its tensors on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return map_leaves(lambda _, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """What the model's forward takes of a batch that holds more, for a loss of one's own (targets, noise, weights)."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return batch
+    return {name: value for name, value in batch.items() if name in parameters}
+
+
+def drawn(num_batches: int, draw: int, seed: int) -> int:
+    """Index of a draw's batch: all of them in a new random order each time round."""
+    turn, place = divmod(draw, num_batches)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+    return int(torch.randperm(num_batches, generator=generator)[place])
+
+
+def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The same samples, put together so that each batch lies in one timestep region.
+
+    A batch of samples from all regions runs as several small forwards, one for each. Batches are left as they are where that is
+    so already, or where the model's batch axes were not proved.
+    """
+    timestep, axes = state.plan.timestep, state.plan.input_batch_axes
+    if timestep is None or state.num_regions == 1:
+        return batches
+    names = positional_names(type(model).forward)
+    piles: dict[Any, list[Batch]] = {}
+    largest, mixed = 0, False
+    for batch in batches:
+        regions = region_of(timestep_value(batch, timestep, model), timestep, state.num_regions)
+        leaves = [(leaf, axes[path]) for path, leaf in iterate_leaves(batch) if path in axes and leaf is not None]
+        sizes = [leaf.shape[axis] if isinstance(leaf, Tensor) and leaf.ndim > axis else 1 for leaf, axis in leaves]
+        if set(sizes) != {len(regions)}:  # batch axes unknown, or one timestep for several samples
+            return batches
+        largest, mixed = max(largest, len(regions)), mixed or len(set(regions)) > 1
+        for region in dict.fromkeys(regions):
+            samples = torch.tensor([place for place, found in enumerate(regions) if found == region])
+            try:
+                part = bind_arguments(names, *pick_samples(model, state, samples, (), batch))
+            except UnsupportedError:
+                return batches
+            piles.setdefault((region, _kind(axes, part)), []).append(part)
+    if not mixed:
+        return batches
+    return [joined for pile in piles.values() for joined in _join(axes, pile, largest)]
+
+
+def _join(axes: dict[Path, int], pile: list[Batch], size: int) -> list[Batch]:
+    """The samples of a pile in batches of ``size``; the last may be smaller."""
+    columns = [dict(iterate_leaves(part)) for part in pile]
+    joined = {
+        path: torch.cat([column[path] for column in columns], dim=axis)
+        for path, axis in axes.items()
+        if columns[0].get(path) is not None
+    }
+    path, leaf = next(iter(joined.items()))
+    count = leaf.shape[axes[path]]
+
+    def part(start: int) -> Batch:
+        length = min(size, count - start)
+        return map_leaves(
+            lambda at, other: joined[at].narrow(axes[at], start, length) if at in joined else other, pile[0]
+        )
+
+    return [part(start) for start in range(0, count, size)]
+
+
+def _kind(axes: dict[Path, int], bound: Batch) -> tuple[Any, ...]:
+    """What samples must share to lie in one batch: the other axes' sizes, and all that has no batch axis."""
+
+    def describe(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        if path in axes:
+            return tuple(size for place, size in enumerate(leaf.shape) if place != axes[path]), leaf.dtype
+        data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return tuple(leaf.shape), leaf.dtype, hashlib.sha256(data.tobytes()).hexdigest()
+
+    return tuple((path, describe(path, leaf)) for path, leaf in iterate_leaves(bound))

@@ -1,0 +1,156 @@
+"""Where a calibration has come to, on disk, so that one that was interrupted goes on as if it had not been.
+
+    calibration.json          what was asked for, the step, the history; names the file of tensors and its hash
+    step-000050.safetensors   masters, routers, trained weights, the optimiser's moments
+    targets-0.safetensors     the dense outputs that weights learn from, as they were before the first step, one file a process
+
+The JSON file is moved into place last: it decides which tensors count, whenever the process is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from ..errors import ArtefactError
+from .processes import of_all_processes, rank
+
+TYPE, VERSION = "diffcr_compile.calibration", 1
+_JSON = "calibration.json"
+_PROGRESS = {"step", "history", "learned", "tables", "targets"}
+
+
+class Checkpoint:
+    """One directory. ``settings``: what must agree between the run that wrote it and the one that goes on."""
+
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.path, self.settings = Path(path), json.loads(json.dumps(settings))
+        self.targets: list[str] = []
+        if self.path.exists() and not self._is_ours():
+            raise ArtefactError(
+                f"{self.path} exists and holds no calibration's checkpoints; expected a new path, or one written by calibrate."
+            )
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Progress and tensors of the last checkpoint; None where there is none yet.
+
+        Raises ArtefactError where it is damaged, newer than this package, or of a run with other settings.
+        """
+        file = self.path / _JSON
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text())
+            kind, version = record["type"], record["version"]
+            settings, progress = record["settings"], record["progress"]
+            tensors, digest, checksum = str(record["tensors"]), record["sha256"], record.pop("checksum")
+            self.targets = [str(target) for target in record["targets"]]
+            if not isinstance(settings, dict) or not set(progress) >= _PROGRESS:
+                raise ValueError(f"expected settings, and a progress of {', '.join(sorted(_PROGRESS))}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtefactError(
+                f"{file} is damaged: {type(error).__name__}: {error}. Delete {self.path} to start anew."
+            ) from error
+        if kind != TYPE or not isinstance(version, int) or version > VERSION:
+            raise ArtefactError(
+                f"{file} is of type {kind!r}, version {version!r}; expected {TYPE!r}, at most {VERSION}."
+            )
+        if checksum != record_checksum(record):
+            raise ArtefactError(f"{file} is not as it was written. Delete {self.path} to start anew.")
+        other = sorted(key for key in {*settings, *self.settings} if settings.get(key) != self.settings.get(key))
+        if other:
+            raise ArtefactError(
+                f"{self.path} is of a calibration with other settings ({', '.join(other)}). Give the settings it was begun with, "
+                "another path, or delete it to start anew."
+            )
+        return progress, self._tensors(tensors, digest)
+
+    def write(self, progress: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Make this the checkpoint to go on from; the one before is deleted then."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        name = f"step-{progress['step']:06d}.safetensors"
+        data = save_safetensors(_on_cpu(tensors))
+        _replace(self.path / name, data)
+        record = {
+            "type": TYPE,
+            "version": VERSION,
+            "settings": self.settings,
+            "progress": progress,
+            "tensors": name,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "targets": self.targets,
+        }
+        record["checksum"] = record_checksum(record)
+        _replace(self.path / _JSON, json.dumps(record, indent=1).encode())
+        for old in self.path.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def read_targets(self) -> list[list[Tensor]]:
+        """The dense outputs, by batch; raises ArtefactError where they are missing or damaged."""
+        name = f"targets-{rank()}.safetensors"
+        if rank() >= len(self.targets):
+            raise ArtefactError(f"{self.path} lacks the file {name!r}. Delete the directory to start anew.")
+        tensors = self._tensors(name, self.targets[rank()])
+        targets: dict[int, dict[int, Tensor]] = {}
+        for name, tensor in tensors.items():
+            batch, place = name.split(".")
+            targets.setdefault(int(batch), {})[int(place)] = tensor
+        return [[targets[batch][place] for place in sorted(targets[batch])] for batch in sorted(targets)]
+
+    def write_targets(self, targets: list[list[Tensor]]) -> None:
+        """Keep the dense outputs: later the weights that made them are gone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{batch}.{place}": tensor for batch, row in enumerate(targets) for place, tensor in enumerate(row)}
+        data = save_safetensors(_on_cpu(tensors))
+        _replace(self.path / f"targets-{rank()}.safetensors", data)
+        self.targets = of_all_processes(hashlib.sha256(data).hexdigest())
+
+    def _is_ours(self) -> bool:
+        if not self.path.is_dir():
+            return False
+        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        return not names or any(name == _JSON or name.startswith("targets-") for name in names)
+
+    def _tensors(self, name: str, digest: str) -> dict[str, Tensor]:
+        file = self.path / name
+        if Path(name).name != name or not file.is_file():
+            raise ArtefactError(f"{self.path} lacks the file {name!r}. Delete the directory to start anew.")
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ArtefactError(f"{file} is truncated or changed. Delete {self.path} to start anew.")
+        try:
+            return load_safetensors(data)
+        except SafetensorError as error:
+            raise ArtefactError(f"{file} is damaged: {error}. Delete {self.path} to start anew.") from error
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its checksum."""
+    text = json.dumps({key: value for key, value in record.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

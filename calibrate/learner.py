@@ -1,0 +1,383 @@
+"""One calibration, stage by stage: warm start, learning, snapping, settling; or, without training, the choice of a table.
+
+All that changes between two steps is in the model, the optimiser, ``BudgetedRatios`` and the fields below ``step``: what a
+checkpoint holds. Batches are drawn by step and seed, so that a run that goes on draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import CalibrationConfig
+from ..cost import CostModel
+from ..errors import ArtefactError, BudgetError, CalibrationError
+from ..latency import latency_to_dict
+from ..learning import learnables, learning
+from ..ratios import SCALE
+from ..routed import ModelRouting, router_weight
+from ..sharding import like, whole
+from ..table import read_table, write_table
+from .batches import Batch, by_region, drawn, model_inputs, to_device
+from .checkpoint import Checkpoint
+from .examine import examine_routers, examine_table
+from .objective import dense_outputs, distillation_loss, output_tensors
+from .processes import average_gradients, mean_over_processes, rank, wait_for_all
+from .ratios import BudgetedRatios
+from .report import CalibrationReport
+from .sensitivity import measure_suffering
+from .snap import Rows, choose_table, snap_table
+from .warm_start import fit_routers
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+EXAMINED_BATCHES = 4
+"""Batches on which the routers are looked at for the report."""
+
+DIVERGED = 10.0
+"""Squared distance from the dense outputs, as a share of their square, that learning can't come back from."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked for. budgets: the first is the one in force at the end. costs: in the budgets' unit; flops: in FLOPs."""
+
+    budgets: tuple[float, ...]
+    costs: CostModel
+    flops: CostModel
+    loss: Loss | None
+    config: CalibrationConfig
+
+
+class Learner:
+    """Runs a :class:`Task` on a model; ``execute`` does all of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: ModelRouting,
+        batches: Sequence[Batch],
+        task: Task,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.model, self.state, self.task, self.config = model, state, task, task.config
+        self.batches, self.checkpoint = batches, checkpoint
+        self.targets: list[list[Tensor]] = []
+        self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
+        self.ratios = BudgetedRatios(learnables(model, state).ratios, task.costs, self.config.ratio_learning_rate)
+        self.start_share = float(task.costs.expected_share(self.ratios.masters.detach()))
+        self.num_learning = self.config.steps - round(self.config.steps * self.config.settle)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.learned: dict[float, Tensor] = {}
+        self.tables: dict[float, Rows] = {}
+
+    def execute(self) -> CalibrationReport:
+        """All stages; leaves the model at the first budget's table."""
+        start = time.perf_counter()
+        if self.task.loss is None:
+            self.model.eval()
+        if self.config.preset == "training-free":
+            self._choose_tables()
+        else:
+            if self.task.loss is None:
+                self.batches = by_region(self.model, self.state, self.batches)
+            self._build_optimizer()
+            if not self._resume():
+                self._prepare()
+            self._train()
+        write_table(self.state, self.tables[self.task.budgets[0]])
+        self.state.trained = True
+        report = self._report(start)
+        self.state.report = report.to_dict()
+        return report
+
+    def _choose_tables(self) -> None:
+        """The tables that suffer least, without learning."""
+        if self.state.config.selection != "turn":
+            self._warm_start()
+        suffering = measure_suffering(self.model, self.state, self._all("dense forwards"))
+        for budget in self.task.budgets:
+            self.tables[budget] = choose_table(suffering, self.task.costs, budget, self.config.tolerance)
+
+    def _build_optimizer(self) -> None:
+        config, routers = self.config, list(self.routers.values())
+        known = {id(router) for router in routers}
+        self.weights = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in known and config.trainable != "routers"
+        }
+        learns = known | {id(weight) for weight in self.weights.values()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in learns)
+        groups: list[dict[str, Any]] = [{"params": routers, "lr": config.router_learning_rate, "weight_decay": 0.0}]
+        if self.weights:
+            decay = config.weight_decay
+            groups.append({"params": list(self.weights.values()), "lr": config.learning_rate, "weight_decay": decay})
+        for group in groups:
+            group["peak_lr"] = group["lr"]
+        self.optimizer = torch.optim.AdamW(groups)
+
+    def _prepare(self) -> None:
+        """What comes before the first step."""
+        if self.weights and self.task.loss is None:
+            for batch in self._all("dense outputs"):
+                self.targets.append([output.cpu() for output in dense_outputs(self.model, batch)])
+        self._warm_start()
+        if not self.num_learning:
+            self._take_present_table()
+        if self.checkpoint is not None:
+            if self.targets:
+                self.checkpoint.write_targets(self.targets)
+            self._write_checkpoint()
+
+    def _warm_start(self) -> None:
+        if self.config.warm_start and not self.state.trained:
+            fit_routers(self.model, self.state, self._all("warm start"))
+
+    def _take_present_table(self) -> None:
+        """With settle=1: the table as ``set_ratios`` left it."""
+        rows = _rows(self.state)
+        (budget,) = self.task.budgets
+        if self.task.costs.share(rows) > budget:
+            raise BudgetError(
+                f"the table costs {self.task.costs.share(rows):.4f} of the dense {self.task.costs.unit}, above the budget of "
+                f"{budget:g}, and with settle=1 ratios are not learned. Call set_ratios with a table within the budget, or lower "
+                "settle."
+            )
+        self.tables[budget] = rows
+
+    def _train(self) -> None:
+        config = self.config
+        described = "learning" if self.num_learning else "settling"
+        with tqdm(total=config.steps, initial=self.step, desc=described, leave=False, disable=rank() > 0) as bar:
+            while self.step < config.steps:
+                if self.step < self.num_learning:
+                    self._learn()
+                else:
+                    bar.set_description("settling", refresh=False)
+                    self._settle()
+                self.step += 1
+                if self.step == self.num_learning:
+                    self._snap()
+                if self.checkpoint is not None and self.step % config.checkpoint_every == 0:
+                    self._write_checkpoint()
+                bar.update()
+                bar.set_postfix(loss=self.history[-1]["loss"], share=self.history[-1]["share"], refresh=False)
+        if self.checkpoint is not None:
+            self._write_checkpoint()
+
+    def _learn(self) -> None:
+        """One step in which ratios learn too, on the way down to the next budget."""
+        share, reached = self._scheduled()
+        with learning(self.model, estimator=self.config.estimator):
+            value = self._backward()
+        self._move(value)
+        average_gradients([self.ratios.masters])
+        self.ratios.step(share)
+        self._note(value, share, "learn")
+        if reached is not None:
+            self.learned[reached] = self.ratios.masters.detach().clone()
+
+    def _scheduled(self) -> tuple[float, float | None]:
+        """The share that this step ends at; and the budget, if it is the last on the way to one.
+
+        Each budget has an equal part of the learning steps, and the share falls to it over the part's first steps.
+        """
+        budgets = sorted(self.task.budgets, reverse=True)
+        part = self.num_learning / len(budgets)
+        place = min(int(self.step / part), len(budgets) - 1)
+        before = budgets[place - 1] if place else self.start_share
+        ramp = max(round(self.config.steps * self.config.ramp) / len(budgets), 1.0)
+        progress = min((self.step + 1 - place * part) / ramp, 1.0)
+        last = self.step + 1 >= (place + 1) * part - 1e-9
+        if last:
+            progress = 1.0
+        return before + (budgets[place] - before) * progress, budgets[place] if last else None
+
+    def _snap(self) -> None:
+        for budget, masters in self.learned.items():
+            self.tables[budget] = snap_table(masters, self.task.costs, budget, self.config.tolerance)
+
+    def _settle(self) -> None:
+        """One step at a fixed table; with several budgets their tables take turns."""
+        budgets = self.task.budgets
+        rows = self.tables[budgets[self.step % len(budgets)]]
+        write_table(self.state, rows)
+        value = self._backward()
+        self._move(value)
+        self._note(value, self.task.costs.share(rows), "settle")
+
+    def _backward(self) -> float:
+        """Gradients of one step's batches; returns their mean loss."""
+        number = self.config.accumulation
+        total = 0.0
+        for place in range(number):
+            index = drawn(len(self.batches), self.step * number + place, self.config.seed + rank())
+            value = self._loss(index) / number
+            value.backward()
+            total += float(value.detach())
+        return mean_over_processes(total)
+
+    def _loss(self, index: int) -> Tensor:
+        batch = to_device(self.model, self.batches[index])
+        if self.task.loss is not None:
+            return self.task.loss(self.model, batch)
+        targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
+        return distillation_loss(output_tensors(self.model(**batch)), targets)
+
+    def _move(self, value: float) -> None:
+        """The optimiser's step, after a look at whether it may be taken."""
+        parameters = [*self.routers.values(), *self.weights.values()]
+        average_gradients(parameters)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (1 - self.step / self.config.steps)
+        norm = _clip(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(torch.tensor([value, norm])).all():
+            raise CalibrationError(
+                f"the loss is {value:g} and its gradient norm {norm:g} at step {self.step}. Expected finite values: lower the "
+                f"learning rates, or look at the batches. {self._what_is_left()}"
+            )
+        recent = [entry["loss"] for entry in self.history[-9:]] + [value]
+        if self.task.loss is None and len(recent) == 10 and statistics.median(recent) > DIVERGED:
+            raise CalibrationError(
+                f"learning diverged: at step {self.step} the outputs' squared distance from the dense ones is "
+                f"{statistics.median(recent):.3g} times their square. Lower the learning rates. {self._what_is_left()}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _what_is_left(self) -> str:
+        kept = "" if self.checkpoint is None else f" The last checkpoint is in {self.checkpoint.path}."
+        return f"Table and routers are as before.{kept}"
+
+    def _note(self, value: float, share: float, phase: str) -> None:
+        self.history.append({"step": self.step, "loss": value, "share": share, "phase": phase})
+
+    def _resume(self) -> bool:
+        """Go on from the checkpoint, if there is one."""
+        found = None if self.checkpoint is None else self.checkpoint.read()
+        if found is None or self.checkpoint is None:
+            return False
+        progress, tensors = found
+        if progress["targets"]:
+            self.targets = self.checkpoint.read_targets()
+        self._check_tensors(tensors)
+        self.step, self.history = progress["step"], progress["history"]
+        self.tables = {float(budget): rows for budget, rows in progress["tables"]}
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(like(tensors[name], parameter))
+            self.ratios.masters.copy_(tensors["masters"])
+            self.ratios.gradient.copy_(tensors["gradient"])
+        self.learned = {budget: tensors[f"learned/{budget}"] for budget in progress["learned"]}
+        self._load_optimizer(tensors)
+        torch.set_rng_state(tensors["generator"])  # a loss of one's own may draw noise
+        return True
+
+    def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ArtefactError where a checkpoint's tensors are not this model's."""
+        expected = {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
+        expected |= {"masters": tuple(self.ratios.masters.shape), "gradient": tuple(self.ratios.masters.shape)}
+        wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
+        if wrong or "generator" not in tensors:
+            assert self.checkpoint is not None
+            raise ArtefactError(
+                f"{self.checkpoint.path} is damaged, or of another model: {', '.join(wrong[:3]) or 'generator'} is missing or of "
+                "another shape. Delete it to start anew."
+            )
+
+    def _write_checkpoint(self) -> None:
+        assert self.checkpoint is not None
+        tensors = {name: whole(parameter) for name, parameter in self._parameters().items()}
+        for place, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{place}/{name}": whole(torch.as_tensor(value)) for name, value in moments.items()}
+        tensors |= {f"learned/{budget}": masters for budget, masters in self.learned.items()}
+        tensors |= {
+            "masters": self.ratios.masters,
+            "gradient": self.ratios.gradient,
+            "generator": torch.get_rng_state(),
+        }
+        progress = {
+            "step": self.step,
+            "history": self.history,
+            "learned": list(self.learned),
+            "tables": [[budget, rows] for budget, rows in self.tables.items()],
+            "targets": bool(self.targets),
+        }
+        if self.task.costs.unit == "latency":
+            progress["latency"] = latency_to_dict(self.task.costs)
+        if rank() == 0 or not self.checkpoint.path.exists():
+            self.checkpoint.write(progress, tensors)
+        wait_for_all()
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """What learns beside the masters, by the name that a checkpoint gives it."""
+        routers = {f"router/{fqn}": router for fqn, router in self.routers.items()}
+        return {**routers, **{f"weight/{name}": weight for name, weight in self.weights.items()}}
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        state = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for name, tensor in sorted(tensors.items()):  # sharded tensors are put together in one order by all processes
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                place, _, moment = rest.partition("/")
+                moments = state["state"].setdefault(int(place), {})
+                moments[moment] = like(tensor, parameters[int(place)]) if tensor.ndim else tensor
+        self.optimizer.load_state_dict(state)
+
+    def _all(self, description: str) -> Iterator[Batch]:
+        for batch in tqdm(self.batches, desc=description, leave=False, disable=rank() > 0):
+            yield self._inputs(batch)
+
+    def _inputs(self, batch: Batch) -> Batch:
+        """What the model is called with."""
+        batch = to_device(self.model, batch)
+        return batch if self.task.loss is None else model_inputs(self.model, batch)
+
+    def _report(self, start: float) -> CalibrationReport:
+        state, task = self.state, self.task
+        rows, table, budget = _rows(state), read_table(state), task.budgets[0]
+        examined = (self._inputs(batch) for batch in self.batches[:EXAMINED_BATCHES])
+        scores, remarks = examine_routers(self.model, state, examined)
+        if state.config.selection == "turn":
+            scores, remarks = (), ()
+        return CalibrationReport(
+            history=tuple(self.history),
+            table=table,
+            blocks=tuple(block.fqn for block in state.blocks),
+            budget=budget,
+            share=task.costs.share(rows),
+            dense_flops=int(task.flops.dense),
+            region_flops=tuple(int(task.flops.row_cost(row)) for row in rows),
+            seconds=time.perf_counter() - start,
+            budget_kind=task.costs.unit,
+            tables={known: torch.tensor(rows).float() / SCALE for known, rows in self.tables.items()},
+            diagnostics=(*examine_table(table, budget), *remarks),
+            scores=scores,
+            timestep=state.plan.timestep,
+        )
+
+
+def _rows(state: ModelRouting) -> Rows:
+    return [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
+
+
+def _clip(parameters: list[Tensor], largest: float) -> float:
+    """Clip the gradients to a common norm, sharded ones with the others; returns the norm before."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [whole(gradient.norm()).float().cpu() for gradient in gradients]
+    total = float(torch.stack(norms).norm()) if norms else 0.0
+    if total > largest:
+        for gradient in gradients:
+            gradient.mul_(largest / (total + 1e-6))
+    return total

@@ -1,0 +1,112 @@
+"""How a ratio gets a gradient: what a block computes while it learns.
+
+An estimator is a function of a block's call, ``(module, routing, args, kwargs) -> output``, whose value is differentiable in
+the master of its ratio. ``learning`` puts one in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import bind_arguments, iterate_leaves, map_leaves
+from .config import Estimator
+from .primitives import lay_along, score_tokens
+from .ratios import BIN, SCALE, capacity, neighbour_bins
+from .routed import BlockRouting, forward_at, prepare_context, router_weight
+
+Estimate = Callable[[nn.Module, BlockRouting, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def two_bin(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Two forwards (DiffCR, section 3): a mix of the outputs at the two neighbouring bins, by nearness.
+
+    lower + w (upper - lower) with w the ratio's place between the bins: at a bin the value is that bin's, and the slope of
+    the ratio is <dL/dout, upper - lower> / width everywhere.
+    """
+    low, high, weight = _place(routing)
+    lower = forward_at(module, low, *_own_tokens(routing, args, kwargs))
+    upper = forward_at(module, high, args, kwargs)
+    others = iter([leaf for _, leaf in iterate_leaves(upper) if isinstance(leaf, Tensor)])
+
+    def mix(_: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        other = next(others)
+        return leaf + weight.to(device=leaf.device, dtype=leaf.dtype) * (other - leaf)
+
+    return map_leaves(mix, lower)
+
+
+def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward, at the larger of the two bins; the tokens that the smaller one leaves out get ``1 - w`` of their update.
+
+    At a bin the value is that bin's. The slope is <dL/dout, -update> over the tokens between the bins, divided by the width: the
+    two-bin slope but for what those tokens' keys and values give the others.
+    """
+    low, high, weight = _place(routing)
+    bound = bind_arguments(routing.positional, args, kwargs)
+    program = routing.program(bound)
+    values = program.values(bound, routing.fqn)
+    plan = program.plan
+    tokens = values[plan.stream]
+    scores = score_tokens(tokens, router_weight(module), plan.token_axis, plan.batch_axis)
+    num_tokens = scores.shape[1]
+    most, least = (capacity(num_tokens, ratio) for ratio in (low, high))
+    between = scores.argsort(dim=1, descending=True)[:, (least if plan.can_skip_block else max(least, 1)) : most]
+    factor = torch.zeros_like(scores).scatter(1, between, -weight.to(scores).expand(between.shape))
+    if low == 0:  # the dense call has no gate: the router's gradient enters here, as gate_exact lets it
+        log_gate = nn.functional.logsigmoid(scores)
+        factor = factor + (log_gate - log_gate.detach())
+    skips_all = high == SCALE and plan.can_skip_block
+    before = [
+        program.before(index, values) if output.routed or skips_all else None
+        for index, output in enumerate(plan.outputs)
+    ]
+    output = forward_at(module, low, *_own_tokens(routing, args, kwargs))
+    places = iter(zip(plan.outputs, before, strict=True))
+
+    def fade(_: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known, start = next(places)
+        if start is None:
+            return leaf
+        if not known.routed:  # the smaller bin skips the block, and these tokens with it
+            return leaf + weight.to(device=leaf.device, dtype=leaf.dtype) * (start - leaf)
+        along = lay_along(factor, leaf, known.dims.index("N"), known.batch_axis)
+        return leaf + along.to(leaf.dtype) * (leaf - start)
+
+    return map_leaves(fade, output)
+
+
+ESTIMATORS: dict[Estimator, Estimate] = {"two-bin": two_bin, "single-pass": single_pass}
+
+
+def estimate(
+    name: Estimator, module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The block's output by the estimator of that name, after its graph for full context has been brought up to date."""
+    prepare_context(module, routing, args, kwargs)
+    return ESTIMATORS[name](module, routing, args, kwargs)
+
+
+def _place(routing: BlockRouting) -> tuple[int, int, Tensor]:
+    """The bins around the ratio in force, in thousandths, and its differentiable place between them, () in [0, 1]."""
+    masters = routing.model.masters
+    assert masters is not None
+    master = masters[routing.model.region(), routing.index]
+    low, high = neighbour_bins(float(master.detach()))
+    return low, high, (master - low / SCALE) * (SCALE / BIN)
+
+
+def _own_tokens(
+    routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call, on a copy of its tensors where the block writes into its tokens and they are needed afterwards."""
+    if not any(program.plan.in_place for program in routing.programs.values()):
+        return args, kwargs
+    return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))

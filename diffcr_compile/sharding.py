@@ -1,0 +1,36 @@
+"""Models that FSDP2 has sharded. Its modules take seconds to import: who never imported them has sharded nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the model or a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A sharded tensor put together (all processes must ask); any other as it is."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def like(value: Tensor, other: Any) -> Tensor:
+    """``value``, which every process has whole, on the device of ``other``, in its dtype, and sharded as it is."""
+    value = value.to(device=other.device, dtype=other.dtype)
+    if not is_shard(other):
+        return value
+    tensors = sys.modules["torch.distributed.tensor"]
+    return tensors.distribute_tensor(
+        value, other.device_mesh, other.placements, src_data_rank=None
+    )  # all have it: no scatter

@@ -1,0 +1,219 @@
+"""Stages and steps of one calibration: schedules, draws, accumulation, kinds of budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffcr_compile.calibration import train
+from hand import hand_costs
+from models import Shape, TinyDiT, relative_error, routed, tiny_inputs
+from torch import Tensor
+
+import diffcr_compile
+from diffcr_compile import BudgetError, CalibrationConfig
+from diffcr_compile.cost import CostModel
+from diffcr_compile.latency import BlockTime
+from diffcr_compile.ratios import capacity
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
+
+SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
+STEPS = torch.tensor([20.0, 400.0, 950.0])
+BATCHES = [tiny_inputs(SHAPE, num_tokens=40, seed=seed, timestep=STEPS.roll(seed)) for seed in range(3)]
+QUICK = CalibrationConfig(steps=12, trainable="routers")
+
+
+@pytest.fixture
+def model() -> TinyDiT:
+    return routed(SHAPE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def count_once() -> Iterator[None]:
+    """Counting a model's FLOPs takes longer than most of what is tested here."""
+    measure, known = train.measure_costs, {}
+
+    def count(model: Any, inputs: Any) -> CostModel:
+        key = tuple(inputs["x"].shape)
+        if key not in known:
+            known[key] = measure(model, inputs)
+        return known[key]
+
+    train.measure_costs = count  # type: ignore[assignment]
+    yield
+    train.measure_costs = measure
+
+
+# Several budgets.
+
+
+@pytest.mark.parametrize("budgets", [(0.8, 0.5), [0.5, 0.65, 0.9]])
+@pytest.mark.parametrize("estimator", ["two-bin", "single-pass"])
+def test_every_budget_has_a_table_that_meets_it(model: TinyDiT, budgets: Any, estimator: str) -> None:
+    config = replace(QUICK, estimator=estimator)
+    report = diffcr_compile.calibrate(model, BATCHES, budget=budgets, config=config)
+    assert sorted(report.tables) == sorted(budgets)
+    assert report.budget == budgets[0]
+    assert torch.equal(diffcr_compile.ratios(model), report.table)
+    assert torch.equal(report.table, report.tables[budgets[0]])
+    shares = []
+    for budget in sorted(budgets):
+        diffcr_compile.set_ratios(model, report.tables[budget])
+        shares.append(diffcr_compile.cost(model, BATCHES[0]).share)
+        assert 0.99 * budget <= shares[-1] <= budget
+    assert shares == sorted(shares)
+
+
+def test_the_schedule_falls_from_budget_to_budget_and_settling_takes_turns(model: TinyDiT) -> None:
+    report = diffcr_compile.calibrate(model, BATCHES, budget=(0.5, 0.8), config=replace(QUICK, steps=16))
+    shares = [entry["share"] for entry in report.history]
+    assert shares[:12] == sorted(shares[:12], reverse=True)
+    assert shares[5] == pytest.approx(0.8)
+    assert shares[11] == pytest.approx(0.5)
+    assert [0.99 * budget <= share <= budget for share, budget in zip(shares[12:], (0.5, 0.8) * 2, strict=True)] == [
+        True
+    ] * 4
+
+
+@pytest.mark.parametrize("budgets", [(), [], (0.5, 0.5), (0.5, 0.0), (0.5, 1.1), (0.5, True), ("a",)])
+def test_other_budgets_are_refused(model: TinyDiT, budgets: Any) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        diffcr_compile.calibrate(model, BATCHES, budget=budgets, config=QUICK)
+
+
+def test_all_budgets_must_be_within_reach(model: TinyDiT) -> None:
+    with pytest.raises(BudgetError, match=r"budget 0\.01 can't be reached"):
+        diffcr_compile.calibrate(model, BATCHES, budget=(0.8, 0.01), config=QUICK)
+
+
+# Settling alone.
+
+
+def test_with_settle_one_the_table_stays(model: TinyDiT) -> None:
+    config = CalibrationConfig(steps=3, settle=1.0, ramp=0.0)
+    diffcr_compile.set_ratios(model, 0.5)
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=config)
+    assert torch.equal(report.table, torch.full((4, 2), 0.5))
+    assert [entry["phase"] for entry in report.history] == ["settle"] * 3
+    with pytest.raises(ValueError, match="settle=1 the present table stays, which has one cost"):
+        diffcr_compile.calibrate(model, BATCHES, budget=(0.7, 0.8), config=config)
+    with pytest.raises(BudgetError, match=r"above the budget of 0\.2,"):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.2, config=config)
+    assert torch.equal(diffcr_compile.ratios(model), report.table)
+
+
+# Accumulation.
+
+
+def mean_square(model: Any, batch: dict[str, Any]) -> Tensor:
+    """A mean over samples: that of halves is that of the whole."""
+    return (model(**batch) - batch["x"]).square().mean()
+
+
+@pytest.mark.parametrize("estimator", ["two-bin", "single-pass"])
+def test_two_halves_are_one_batch(estimator: str) -> None:
+    """float64, so that Adam makes no whole step of a rounding; masters and routers' scores are float32."""
+    whole = tiny_inputs(SHAPE, batch=4, num_tokens=40, dtype=torch.float64, timestep=600.0)
+    halves = [{name: value[part] for name, value in whole.items()} for part in (slice(2), slice(2, 4))]
+    found = []
+    for batches, accumulation in (([whole], 1), (halves, 2)):
+        model = routed(SHAPE, torch.float64)
+        config = CalibrationConfig(
+            steps=8,
+            accumulation=accumulation,
+            estimator=estimator,
+            learning_rate=1e-3,
+            warm_start=False,  # type: ignore[arg-type]
+        )
+        report = diffcr_compile.calibrate(model, batches, budget=0.6, config=config, loss=mean_square)
+        found.append((report, [parameter.detach() for parameter in model.parameters()]))
+    (one, weights), (two, others) = found
+    assert torch.equal(one.table, two.table)
+    assert [entry["loss"] for entry in two.history] == pytest.approx([entry["loss"] for entry in one.history], rel=1e-5)
+    for ours, theirs in zip(others, weights, strict=True):
+        assert relative_error(ours, theirs) < 1e-4  # of steps of 1e-3, eight times, on gradients that agree to 1e-6
+
+
+def test_accumulated_batches_are_all_drawn(model: TinyDiT) -> None:
+    seen: list[float] = []
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        seen.append(float(batch["x"].sum()))
+        return mean_square(one, batch)
+
+    config = replace(QUICK, steps=4, accumulation=3)
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=config, loss=loss)
+    sums = sorted(float(batch["x"].sum()) for batch in BATCHES)
+    assert [sorted(seen[start : start + 3]) for start in range(0, 12, 3)] == [sums] * 4
+    assert len(report.history) == 4
+
+
+# Kinds of budget.
+
+
+def test_a_budget_of_tokens_is_the_mean_share_kept(model: TinyDiT) -> None:
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.5, config=replace(QUICK, budget_kind="tokens"))
+    kept = [capacity(40, round(1000 * ratio)) for ratio in report.table.flatten().tolist()]
+    assert report.share == pytest.approx(sum(kept) / len(kept) / 40)
+    assert 0.495 <= report.share <= 0.5
+    assert report.budget_kind == "tokens"
+    assert "of the dense tokens" in str(report)
+    assert report.dense_flops == diffcr_compile.cost(model, BATCHES[0]).dense_flops
+
+
+def test_a_budget_of_time_is_met_in_what_was_measured(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second block gains little from skipping: the first skips more than FLOPs alone would ask."""
+    blocks = (
+        BlockTime(40, tuple(4 - 0.4 * place for place in range(11))),
+        BlockTime(40, tuple(4 - 0.1 * place for place in range(11))),
+    )
+    costs = CostModel(10.0, blocks, "latency")
+    monkeypatch.setattr(train, "measure_latency", lambda model, inputs, flops: costs)
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.75, config=replace(QUICK, budget_kind="latency"))
+    rows = [[round(1000 * value) for value in row] for row in report.table.tolist()]
+    times = [2.0 + blocks[0].at(row[0]) + blocks[1].at(row[1]) for row in rows]
+    assert report.share == pytest.approx(sum(times) / 4 / 10)
+    assert 0.7425 <= report.share <= 0.75
+    assert report.budget_kind == "latency"
+    with pytest.raises(BudgetError, match="dense milliseconds remain"):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.4, config=replace(QUICK, budget_kind="latency"))
+
+
+def test_a_hand_made_cost_model_of_time_is_met_for_several_budgets(
+    model: TinyDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = replace(hand_costs(2, fixed=300_000), unit="latency")
+    monkeypatch.setattr(train, "measure_latency", lambda model, inputs, flops: costs)
+    config = replace(QUICK, budget_kind="latency")
+    report = diffcr_compile.calibrate(model, BATCHES, budget=(0.9, 0.4), config=config)
+    for budget, table in report.tables.items():
+        rows = [[round(1000 * value) for value in row] for row in table.tolist()]
+        assert 0.99 * budget <= costs.share(rows) <= budget
+
+
+# A user's own settings.
+
+
+def test_autocast_around_it(model: TinyDiT) -> None:
+    seen: list[torch.dtype] = []
+    handle = model.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=CalibrationConfig(steps=8))
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert 0.594 <= report.share <= 0.6
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert bool(torch.isfinite(torch.tensor([entry["loss"] for entry in report.history])).all())
+
+
+def test_a_gradient_that_lay_on_the_masters_does_nothing(model: TinyDiT) -> None:
+    """What a trainer of one's own left behind."""
+    expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.6, config=QUICK)
+    with diffcr_compile.learning(model) as learnable:
+        learnable.ratios.grad = torch.full_like(learnable.ratios, 1e3) * torch.tensor([1.0, -1.0])
+    found = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=QUICK)
+    assert [entry["loss"] for entry in found.history] == [entry["loss"] for entry in expected.history]

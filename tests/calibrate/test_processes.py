@@ -1,0 +1,278 @@
+"""Two processes that learn together, against one that takes the same batches in turn.
+
+``python test_processes.py FOLDER`` imports once and forks two processes for each way to learn; see :data:`WAYS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffcr_compile  # before the folder of tests, which has a folder of the same name, is on the path
+
+if __name__ == "__main__":
+    ROOT = Path(__file__).parents[2]
+    sys.path += [str(ROOT / "tests"), str(ROOT / "examples" / "benchmarks")]
+    torchvision = importlib.import_module("torchvision_operators").define()  # peft imports torchvision
+
+import pytest
+import torch
+import torch.distributed as distributed
+from diffcr_compile.calibration import learner, processes
+from models import Shape, TinyDiT, routed, tiny_inputs
+from torch import nn
+
+from diffcr_compile import CalibrationConfig
+
+SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
+STEPS = (20.0, 400.0, 600.0, 950.0)
+BUDGET = 0.6
+
+
+def batches(*, spoilt: bool = False) -> list[dict[str, Any]]:
+    """One region each; of so many tokens that the budget can be met within 1 %. spoilt: the last one holds what is no number."""
+    found = [tiny_inputs(SHAPE, num_tokens=40, seed=seed, timestep=step) for seed, step in enumerate(STEPS)]
+    if spoilt:
+        found[-1]["x"][0, 0, 0] = torch.nan
+    return found
+
+
+def config(trainable: str) -> CalibrationConfig:
+    return CalibrationConfig(
+        steps=8,
+        trainable=trainable,
+        lora_rank=2,
+        learning_rate=1e-3,
+        checkpoint_every=3,  # type: ignore[arg-type]
+    )
+
+
+def sharded(model: TinyDiT) -> TinyDiT:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    diffcr_compile.cost(model, batches()[0])  # can't be counted afterwards
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WAYS: dict[str, tuple[str, Callable[[TinyDiT], nn.Module]]] = {
+    "plain": ("all", lambda model: model),
+    "routers": ("routers", lambda model: model),
+    "wrapped": ("all", nn.parallel.DistributedDataParallel),
+    "sharded": ("all", sharded),
+    "lora": ("lora", lambda model: model),
+}
+
+
+def outcome(model: nn.Module, report: diffcr_compile.CalibrationReport) -> dict[str, Any]:
+    inner = processes.unwrap(model)
+    whole = [getattr(one, "full_tensor", lambda one=one: one)().detach() for one in inner.parameters()]
+    return {
+        "table": report.table.tolist(),
+        "share": report.share,
+        "losses": [entry["loss"] for entry in report.history],
+        "weights": [tensor.flatten().tolist() for tensor in whole],
+    }
+
+
+def learn(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """What process ``number`` of two ends with."""
+    trainable, wrap = WAYS[way]
+    model = wrap(routed(SHAPE))
+    half = batches()[number::2]
+    report = diffcr_compile.calibrate(model, half, budget=BUDGET, config=config(trainable))
+    return outcome(model, report)
+
+
+def stop_and_go_on(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """Both processes are interrupted in the fifth step, and go on in new models."""
+    trainable, wrap = WAYS[way]
+    note, half, checkpoint = learner.Learner._note, batches()[number::2], folder / f"checkpoint-{way}"
+
+    def stop(self: Any, *args: Any) -> None:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        note(self, *args)
+
+    learner.Learner._note = stop  # type: ignore[method-assign]
+    try:
+        diffcr_compile.calibrate(
+            wrap(routed(SHAPE)), half, budget=BUDGET, config=config(trainable), checkpoint=checkpoint
+        )
+    except KeyboardInterrupt:
+        learner.Learner._note = note  # type: ignore[method-assign]
+    found = json.loads((checkpoint / "calibration.json").read_text())["progress"]["step"]
+    model = wrap(routed(SHAPE))
+    report = diffcr_compile.calibrate(model, half, budget=BUDGET, config=config(trainable), checkpoint=checkpoint)
+    return {**outcome(model, report), "step": found, "files": sorted(path.name for path in checkpoint.iterdir())}
+
+
+def spoil_one(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """The last batch, of the second process alone, holds what is no number."""
+    model = WAYS[way][1](routed(SHAPE))
+    half = batches(spoilt=True)[number::2]
+    try:
+        diffcr_compile.calibrate(model, half, budget=BUDGET, config=config(WAYS[way][0]))
+    except diffcr_compile.CalibrationError as error:
+        return {"error": str(error), "table": diffcr_compile.ratios(model).tolist()}
+    return {"error": None}
+
+
+Work = Callable[[str, int, Path], dict[str, Any]]
+RUNS: dict[str, tuple[Work, str]] = {
+    **{way: (learn, way) for way in WAYS},
+    "sharded, stopped": (stop_and_go_on, "sharded"),
+    "lora, stopped": (stop_and_go_on, "lora"),
+    "spoilt": (spoil_one, "plain"),
+}
+
+
+def fork(name: str, number: int, folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    target = folder / f"{name}-{number}.json"
+    try:
+        work, way = RUNS[name]
+        if number < 2:
+            store = distributed.FileStore(str(folder / f"store-{name}"), 2)
+            distributed.init_process_group(
+                "gloo", store=store, rank=number, world_size=2, timeout=timedelta(seconds=60)
+            )
+        found = work(way, number, folder) if number < 2 else in_turn(WAYS[way][0])
+        target.write_text(json.dumps(found))
+    except BaseException:
+        target.write_text(json.dumps({"failed": traceback.format_exc()}))
+    finally:
+        os._exit(0)
+
+
+def in_turn(trainable: str) -> dict[str, Any]:
+    """One process, two batches a step: those that the two processes draw, the first one's first."""
+    drawn = learner.drawn
+
+    def draw(num_batches: int, place: int, seed: int) -> int:
+        step, number = divmod(place, 2)
+        return number * (num_batches // 2) + drawn(num_batches // 2, step, seed + number)
+
+    learner.drawn = draw  # type: ignore[assignment]
+    both = [*batches()[0::2], *batches()[1::2]]
+    model = routed(SHAPE)
+    from dataclasses import replace
+
+    report = diffcr_compile.calibrate(model, both, budget=BUDGET, config=replace(config(trainable), accumulation=2))
+    return outcome(model, report)
+
+
+def main(folder: Path) -> None:
+    for name in ("torch.distributed.fsdp", "peft"):
+        importlib.import_module(name)  # once, before the forks
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    routed(SHAPE)
+    for name in RUNS:
+        children = [fork(name, number, folder) for number in range(2)]
+        if name in ("plain", "routers", "lora"):
+            children.append(fork(name, 2, folder))
+        for child in children:
+            os.waitpid(child, 0)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """What each process ended with, by run; for some, a third entry: one process alone."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert finished.returncode == 0, finished.stderr
+
+    def read(name: str) -> list[dict[str, Any]]:
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-?.json"))]
+        assert len(results) >= 2
+        assert [result["failed"] for result in results if "failed" in result] == []
+        return results
+
+    return read
+
+
+Found = Callable[[str], list[dict[str, Any]]]
+ALONE = {"plain": "plain", "wrapped": "plain", "sharded": "plain", "lora": "lora", "routers": "routers"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WAYS, "sharded, stopped", "lora, stopped"])
+def test_all_processes_end_alike_within_the_budget(found: Found, name: str) -> None:
+    first, second = found(name)[:2]
+    assert first == second
+    assert 0.99 * BUDGET <= first["share"] <= BUDGET
+    assert len(first["losses"]) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
+def test_they_learn_what_one_process_would(found: Found, name: str) -> None:
+    together, alone = found(name)[0], found(ALONE[name])[2]
+    table, expected = torch.tensor(together["table"]), torch.tensor(alone["table"])
+    # sums of float32 gradients in another order: what lies on the border of two bins may fall to either side
+    assert float((table - expected).abs().max()) <= 0.1 + 1e-6
+    # while learning, before tables can differ, the losses are the same sums
+    assert together["losses"][:6] == pytest.approx(alone["losses"][:6], rel=1e-3)
+    for ours, theirs in zip(together["weights"], alone["weights"], strict=True):
+        # eight steps of at most 1e-3 each; Adam turns the sign of a gradient near zero into a whole step
+        assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["sharded", "lora"])
+def test_stopped_they_go_on_to_the_same_end(found: Found, way: str) -> None:
+    stopped, through = found(f"{way}, stopped")[0], found(way)[0]
+    assert stopped.pop("step") == 3
+    assert stopped.pop("files") == [
+        "calibration.json",
+        "step-000008.safetensors",
+        "targets-0.safetensors",
+        "targets-1.safetensors",
+    ]
+    assert stopped == through
+
+
+@pytest.mark.slow
+def test_what_is_no_number_in_one_process_stops_all(found: Found) -> None:
+    first, second = found("spoilt")
+    assert "the loss is nan" in first["error"]
+    assert first == second
+    assert not torch.tensor(first["table"]).any()
+
+
+def test_alone_nothing_is_summed_or_waited_for() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    processes.average_gradients([parameter])
+    assert parameter.grad is None
+    tensor = torch.ones(2)
+    processes.sum_over_processes([tensor])
+    processes.wait_for_all()
+    assert tensor.tolist() == [1.0, 1.0]
+    assert (processes.num_processes(), processes.rank()) == (1, 0)
+    assert processes.mean_over_processes(0.1) == 0.1
+    marker = object()
+    assert processes.of_first_process(marker) is marker
+    linear = nn.Linear(1, 1)
+    assert processes.unwrap(linear) is linear
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

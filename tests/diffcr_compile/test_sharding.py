@@ -1,0 +1,98 @@
+"""Shards and whole tensors; more than one process is tested in ``tests/calibrate/test_processes.py``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as distributed
+from models import Shape, routed, tiny_inputs
+from torch import nn
+
+import diffcr_compile
+from diffcr_compile import CaptureError
+from diffcr_compile.cost import measure_costs
+from diffcr_compile.sharding import is_shard, is_sharded, like, whole
+
+
+def test_importing_the_package_imports_nothing_of_fsdp() -> None:
+    """Its modules take seconds; and a model is then known not to be sharded."""
+    code = (
+        "import sys, torch, diffcr_compile, diffcr_compile.sharding as s; m = torch.nn.Linear(2, 2); "
+        "assert not s.is_sharded(m) and not s.is_shard(m.weight) and s.whole(m.weight) is m.weight; "
+        "print(*(name for name in ('torch.distributed.fsdp', 'torch.distributed.tensor') if name in sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert found.stdout.strip() == ""
+
+
+def test_other_tensors_are_as_they_are() -> None:
+    tensor = torch.arange(3.0)
+    assert whole(tensor) is tensor
+    assert not is_shard(tensor)
+    assert not is_sharded(nn.Linear(2, 2))
+
+
+def test_like_takes_device_and_dtype() -> None:
+    value = torch.arange(3.0)
+    found = like(value, torch.zeros(5, dtype=torch.float64))
+    assert found.dtype == torch.float64
+    assert found.tolist() == [0.0, 1.0, 2.0]
+    assert like(value, torch.zeros(1, device="meta")).device.type == "meta"
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A group of this process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_sharded_tensor_is_put_together_and_taken_apart(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    value = torch.arange(12.0).reshape(6, 2)
+    shard = distribute_tensor(value, mesh, [Shard(0)])
+    assert is_shard(shard)
+    assert not is_shard(whole(shard))
+    assert torch.equal(whole(shard), value)
+    other = like(value.double() + 1, shard)
+    assert is_shard(other)
+    assert (other.placements, other.dtype) == (shard.placements, torch.float32)
+    assert torch.equal(whole(other), value + 1)
+
+
+def test_a_sharded_model_is_known_by_any_of_its_parts(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, inputs = routed(shape), tiny_inputs(shape)
+    assert not is_sharded(model)
+    flops = diffcr_compile.cost(model, inputs).dense_flops
+    costs = measure_costs(model, inputs)
+    fully_shard(model.blocks[1], mesh=mesh)
+    assert is_sharded(model)
+    assert not is_sharded(model.blocks[0])
+    known = measure_costs(model, tiny_inputs(shape, num_tokens=5))
+    assert known.dense == costs.dense == flops  # what was counted before it was sharded
+
+
+def test_a_model_sharded_before_it_was_measured_says_what_to_do(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model = fully_shard(routed(shape), mesh=mesh)
+    model.__dict__["_diffcr"].costs = None
+    with pytest.raises(CaptureError, match="Before fully_shard, call"):
+        diffcr_compile.cost(model, tiny_inputs(shape))
