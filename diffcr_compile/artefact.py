@@ -2,6 +2,7 @@
 
     routing.json         type, version, configuration, the plan, fingerprint of the model, ratio table
     routers.safetensors  one float vector per block
+    report.json          of the calibration, if there was one: read by ``CalibrationReport.load``
 
 ``load`` needs no inputs: it writes the programs from the stored plan. The fingerprint ties the plan to the model's classes
 and parameter shapes.
@@ -9,6 +10,7 @@ and parameter shapes.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -28,15 +30,19 @@ from torch import Tensor, nn
 from .arguments import is_record, record_fields
 from .config import DiffCRConfig
 from .errors import AlreadyTransformedError, ArtefactError
+from .fingerprint import fingerprint
 from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE
-from .routed import STATE, ModelRouting, router_weight, routing_of, settle
+from .routed import ModelRouting, router_weight, routing_of, settle
 from .table import write_table
 from .transform import attach, restore
 
 TYPE, VERSION = "diffcr_compile.routing", 1
-_JSON, _TENSORS = "routing.json", "routers.safetensors"
-_LARGEST_JSON_BYTES = 64 * 2**20
+_JSON, _TENSORS, _REPORT = "routing.json", "routers.safetensors", "report.json"
+_LARGEST_JSON_BYTES = 4 * 2**20
+_SLACK_BYTES = 2**16
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What comes of values that no plan has."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -57,17 +63,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "type": TYPE,
         "version": VERSION,
         "config": state.config.to_dict(),
-        "fingerprint": fingerprint(model),
+        "fingerprint": state.fingerprint,
         "plan": _encode(plan_to_dict(state.plan)),
         "table": [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)],
         "trained": state.trained,
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
+    record["checksum"] = record_checksum(record)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (fresh / _TENSORS).write_bytes(tensors)
         (fresh / _JSON).write_text(json.dumps(record, indent=1))
+        if state.report is not None:
+            (fresh / _REPORT).write_text(json.dumps(state.report, indent=1))
         _replace_directory(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -83,14 +92,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise AlreadyTransformedError(f"{type(model).__name__} is already transformed; restore(model) before load.")
     source = Path(path)
     record = _read_record(source)
-    tensors = _read_tensors(source, record)
     try:
         config = DiffCRConfig.from_dict(record["config"])
         plan = plan_from_dict(_decode(record["plan"]))
-        table = [[int(value) for value in row] for row in record["table"]]
-        expected = record["fingerprint"]
-        trained = bool(record["trained"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        table, expected, trained = record["table"], record["fingerprint"], record["trained"]
+    except _DAMAGE as error:
         raise ArtefactError(f"{source / _JSON} is damaged: {type(error).__name__}: {error}.") from error
     found = fingerprint(model)
     if expected != found:
@@ -98,10 +104,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{source} was made for another architecture than this {type(model).__name__} (fingerprint {expected!s:.12}, this "
             f"model's {found:.12}). Classes, names and shapes of all parameters must agree."
         )
-    _check_table(source, table, plan, config)
-    _check_tensors(source, tensors, plan)
-    attach(model, ModelRouting(config), plan)
-    state: ModelRouting = model.__dict__[STATE]
+    _check_table(source, table, trained, plan, config)
+    state = ModelRouting(config)
+    try:
+        tensors = _read_tensors(source, record, plan)
+        attach(model, state, plan)
+    except _DAMAGE as error:
+        raise ArtefactError(f"{source} is damaged, or fits no {type(model).__name__}: {error}.") from error
     try:
         with torch.no_grad():
             for block in state.blocks:
@@ -114,19 +123,20 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's structure: every module's name and class, every parameter's name and shape, routing left out."""
-    parts = [f"{name} {type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()]
-    parts += [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()]
-    kept = [part for part in parts if "diffcr_router" not in part]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+def record_checksum(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its checksum."""
+    text = json.dumps({key: value for key, value in record.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _replace_directory(fresh: Path, target: Path) -> None:
-    """Put ``fresh`` in the place of ``target``; what was there is moved aside first and brought back on failure."""
+    """Put ``fresh`` in the place of ``target``: in one step where the file system can exchange the two, so that there is always a
+    routing there; else what was there is moved aside first and brought back on failure."""
     if not target.exists():
         os.rename(fresh, target)
         return
+    if _exchange(fresh, target):
+        return  # save removes what is now at ``fresh``
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
     os.rename(target, aside)
     try:
@@ -136,6 +146,13 @@ def _replace_directory(fresh: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step (Linux, ``renameat2``); False where that can't be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _read_record(source: Path) -> dict[str, Any]:
@@ -157,36 +174,44 @@ def _read_record(source: Path) -> dict[str, Any]:
         raise ArtefactError(
             f"{file} has version {version!r}, newer than this package knows ({VERSION}). Upgrade diffcr-compile."
         )
+    if record.get("checksum") != record_checksum(record):
+        raise ArtefactError(f"{file} is not as it was written (truncated or changed). Save the routing again.")
     return record
 
 
-def _read_tensors(source: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan) -> dict[str, Tensor]:
+    """One router for each block of the plan; no more is read than they take."""
     file = source / _TENSORS
+    widths = {site.fqn: plan.families[site.family].width for site in plan.sites}
+    largest = _SLACK_BYTES + sum(8 * width + 512 + len(fqn) for fqn, width in widths.items())
+    if file.stat().st_size > largest:
+        raise ArtefactError(
+            f"{file} is {file.stat().st_size} bytes long; the routers of this plan take at most {largest}."
+        )
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != record.get("sha256"):
         raise ArtefactError(
             f"{file} is not the one that {_JSON} was written with (truncated or changed). Save the routing again."
         )
     try:
-        return load_safetensors(data)
+        tensors = load_safetensors(data)
     except SafetensorError as error:
         raise ArtefactError(f"{file} is damaged: {error}.") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.dtype.is_floating_point}
+    if len(tensors) > len(found) or found != {fqn: (width,) for fqn, width in widths.items()}:
+        raise ArtefactError(f"{file} does not hold one router of floating numbers for each block of the plan.")
+    return tensors
 
 
-def _check_table(source: Path, table: list[list[int]], plan: ModelPlan, config: DiffCRConfig) -> None:
+def _check_table(source: Path, table: Any, trained: Any, plan: ModelPlan, config: DiffCRConfig) -> None:
     shape = (config.num_regions if plan.timestep is not None else 1, len(plan.sites))
-    if len(table) != shape[0] or any(len(row) != shape[1] for row in table):
+    rows = table if isinstance(table, list) else []
+    if len(rows) != shape[0] or any(not isinstance(row, list) or len(row) != shape[1] for row in rows):
         raise ArtefactError(f"{source / _JSON} is damaged: expected a ratio table of shape {shape}.")
-    if not all(0 <= value <= SCALE for row in table for value in row):
-        raise ArtefactError(f"{source / _JSON} is damaged: ratios outside 0..{SCALE} thousandths.")
-
-
-def _check_tensors(source: Path, tensors: dict[str, Tensor], plan: ModelPlan) -> None:
-    widths = {site.fqn: plan.families[site.family].width for site in plan.sites}
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
-        fqn: (width,) for fqn, width in widths.items()
-    }:
-        raise ArtefactError(f"{source / _TENSORS} does not hold one router for each block of the plan.")
+    if not all(type(value) is int and 0 <= value <= SCALE for row in rows for value in row):
+        raise ArtefactError(f"{source / _JSON} is damaged: expected ratios of whole thousandths, 0..{SCALE}.")
+    if not isinstance(trained, bool):
+        raise ArtefactError(f"{source / _JSON} is damaged: expected true or false for 'trained'.")
 
 
 def _encode(value: Any) -> Any:

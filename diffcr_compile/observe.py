@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +14,38 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import Path, bind_arguments, map_leaves, positional_names
+from .recording import Recording
+from .region import region_of, timestep_value
 from .routed import routing_of, settle
 
 
 @contextlib.contextmanager
-def record(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Collect what ``model`` is called with inside: a list of keyword dictionaries, detached copies on the CPU.
+def record(
+    model: nn.Module, *, limit: int | None = None, folder: str | os.PathLike[str] | None = None
+) -> Iterator[Sequence[dict[str, Any]]]:
+    """Collect what ``model`` is called with inside: a sequence of keyword dictionaries, detached copies on the CPU.
 
-    Works on plain and on transformed models; runs eagerly. The list is what ``calibrate`` takes as batches.
+    Works on plain and on transformed models; runs eagerly; calls of other threads are left out. The sequence is what
+    ``calibrate`` takes as batches.
+
+    limit: at most so many calls are kept, >= 1, evenly over the timestep regions of a transformed model and at random within each
+        (a generator of its own decides), in the order in which they came. What reuse is measured on needs whole trajectories: no
+        limit then. None: all are kept.
+    folder: where to keep them as safetensors files, read when they are asked for; None: in memory.
+    Raises ValueError; ArtefactError where ``folder`` exists and is not empty.
     """
-    batches: list[dict[str, Any]] = []
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit must be an integer >= 1, found {limit!r}")
+    batches = Recording(folder)
+    choice = None if limit is None else _Choice(limit, model)
+
+    thread = threading.get_ident()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is model:
-            batches.append(map_leaves(_to_cpu, bind_arguments(positional_names(type(model).forward), args, kwargs)))
+        if module is model and threading.get_ident() == thread:
+            bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
+            if choice is None or choice.admits(batches, bound):
+                batches.append(map_leaves(_to_cpu, bound))
 
     with _eagerly(model):
         handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
@@ -32,6 +53,44 @@ def record(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
             yield batches
         finally:
             handle.remove()
+
+
+class _Choice:
+    """Which calls stay, of a stream of unknown length: reservoir sampling (Vitter 1985), one reservoir a timestep region.
+
+    kept: the regions of the calls kept so far, in their order.
+    """
+
+    def __init__(self, limit: int, model: nn.Module) -> None:
+        self.limit, self.model = limit, model
+        self.generator = torch.Generator().manual_seed(0)
+        self.seen: dict[int, int] = {}
+        self.kept: list[int] = []
+
+    def admits(self, batches: Recording, bound: dict[str, Any]) -> bool:
+        """Whether this call is kept; what it takes the place of is dropped from ``batches``."""
+        region = self._region(bound)
+        self.seen[region] = self.seen.get(region, 0) + 1
+        mine = [place for place, known in enumerate(self.kept) if known == region]
+        if len(self.kept) >= self.limit:
+            counts = Counter(self.kept)
+            fullest = max(counts, key=lambda known: (counts[known], known))
+            if counts[fullest] > len(mine) + 1:  # a region that is short of calls takes from the one that has most
+                mine = [place for place, known in enumerate(self.kept) if known == fullest]
+            elif not mine or int(torch.randint(self.seen[region], (1,), generator=self.generator)) >= len(mine):
+                return False
+            dropped = mine[int(torch.randint(len(mine), (1,), generator=self.generator))]
+            del self.kept[dropped]
+            batches.drop(dropped)
+        self.kept.append(region)
+        return True
+
+    def _region(self, bound: dict[str, Any]) -> int:
+        state = routing_of(self.model)
+        if state is None or state.plan is None or state.plan.timestep is None:
+            return 0
+        timestep = state.plan.timestep
+        return region_of(timestep_value(bound, timestep, self.model), timestep, state.num_regions)[0]
 
 
 @dataclass
@@ -43,15 +102,18 @@ class Trace:
 
 @contextlib.contextmanager
 def trace(model: nn.Module) -> Iterator[Trace]:
-    """Collect which tokens each block keeps inside; runs eagerly. A dense call keeps all N, a skipped block none.
+    """Collect which tokens each block keeps inside, in this thread; runs eagerly. A dense call keeps all N, a skipped block none.
 
     Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
     """
     state = settle(model)
     seen = Trace({block.fqn: [] for block in state.blocks})
 
+    thread = threading.get_ident()
+
     def observe(fqn: str, kept: Tensor) -> None:
-        seen.kept[fqn].append(kept.detach().cpu())
+        if threading.get_ident() == thread:
+            seen.kept[fqn].append(kept.detach().cpu())
 
     with _eagerly(model):
         state.observers.append(observe)

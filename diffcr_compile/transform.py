@@ -10,17 +10,20 @@ from torch import nn
 
 from .arguments import bind_arguments, positional_names
 from .config import DiffCRConfig
+from .cost import cost_model
 from .dry_run import describe_inputs
-from .errors import AlreadyTransformedError, NotTransformedError
+from .errors import AlreadyTransformedError, NotTransformedError, UnsupportedError
+from .fingerprint import fingerprint
 from .passes.analysis import ModelAnalysis, run_passes
 from .passes.blocks import find_blocks
 from .passes.capture import capture_calls
-from .passes.flat import outline_flat
+from .passes.flat import BLOCKS, outline_flat
 from .passes.outline import outline_blocks
-from .passes.route import plan_model, route_blocks
+from .passes.route import check_untouched, plan_model, route_blocks
 from .passes.timestep import find_timestep
 from .passes.weigh import drop_small_families
 from .plan import ModelPlan
+from .plan_check import check_plan
 from .region import add_region_hooks, remove_region_hooks
 from .routed import STATE, ModelRouting, routing_of, unbind
 
@@ -69,13 +72,31 @@ def transform(
         search(model, state, _bound_inputs(model, example_inputs))
     model.__dict__[STATE] = state
     add_region_hooks(model)
+    if example_inputs is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        cost_model(model)  # counted while the model can be copied, which sharding ends
     return model
 
 
 def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
-    """Route ``model`` by a plan that was made before; nothing is analysed."""
+    """Route ``model`` by a plan that was made before; nothing is analysed.
+
+    Raises ValueError where it can't be run on this model, UnsupportedError where its blocks were cut out of a call of a flat
+    forward. The model is then as it was.
+    """
+    if any(site.fqn.startswith(BLOCKS) for site in plan.sites):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no block modules: those of its plan were cut out of its forward, which takes a call. Use "
+            "transform(model, example_inputs=...) instead of load."
+        )
+    check_untouched(model)
+    state.fingerprint = fingerprint(model)
     state.outlined = outline_blocks(model)
-    route_blocks(model, plan, state)
+    try:
+        check_plan(plan, model, state.config)
+        route_blocks(model, plan, state)
+    except Exception:
+        state.outlined.undo()
+        raise
     model.__dict__[STATE] = state
     add_region_hooks(model)
 
@@ -88,6 +109,8 @@ class _Search:
 
     def __call__(self, model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> None:
         owed, state.deferred = state.deferred, None
+        check_untouched(model)
+        state.fingerprint = fingerprint(model)
         state.outlined = outline_blocks(model)
         try:
             start = ModelAnalysis(model, state.config, inputs, self.filter_fn)

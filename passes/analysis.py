@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arguments import Path
 from ..config import DiffCRConfig
@@ -49,7 +50,8 @@ def describe(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     indexes = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
-    return TensorInfo(tuple(leaf.shape), leaf.dtype, leaf if indexes else None)
+    has_values = not leaf.is_meta and not isinstance(leaf, FakeTensor)
+    return TensorInfo(tuple(leaf.shape), leaf.dtype, leaf if indexes and has_values else None)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ class _Run:
         value = None
         if not leaf.dtype.is_floating_point and not leaf.dtype.is_complex:
             value = self._known.get(id(leaf)) if self.fake else leaf.detach().clone()
+        if value is not None and value.is_meta:
+            value = None
         return TensorInfo(tuple(leaf.shape), leaf.dtype, value)
 
 

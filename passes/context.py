@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.export import ExportedProgram
 
 from .. import primitives
@@ -71,7 +72,15 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
 
 
 def rebuild_context(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
-    """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused."""
+    """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused.
+
+    Written outside any fake tensors around the call: the graph is kept for calls that are real.
+    """
+    with unset_fake_temporarily():
+        return _rebuild(module, fqn, plan, bound, config)
+
+
+def _rebuild(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
     arguments = map_leaves(lambda _, leaf: describe(leaf), bound)
     call = Call(fqn, arguments, plan.output_template, 0)
     branch = plan.is_branch
@@ -117,6 +126,9 @@ class _Writer:
         nodes = {node.name: node for node in program.graph.nodes}
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.attributes = tuple(name.removeprefix("block.") for name in held.values())
+        known = {name for name, _ in (*block.module.named_parameters(), *block.module.named_buffers())}
+        if not known.issuperset(self.attributes):
+            raise Refused("export took its parameters apart (quantised tensors), so the graph can't share them")
         self.constants = tuple(program.constants[name] for name in signature.inputs_to_lifted_tensor_constants.values())
         for name in (*held, *signature.inputs_to_lifted_tensor_constants):
             self._full[nodes[name]] = self.graph.placeholder(name)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..arguments import iterate_leaves, positional_names
 from ..config import DiffCRConfig
@@ -18,6 +18,25 @@ from ..router import Router
 from .analysis import ModelAnalysis, Refused
 from .context import rebuild_context
 from .program import write_program
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Raises UnsupportedError where something else has put a forward on a module of the model (not on the model itself).
+
+    An exported graph's submodules have forwards of their own, which nothing calls.
+    """
+    if not isinstance(model, fx.GraphModule):
+        for fqn, module in model.named_modules():
+            if fqn:
+                _check_forward(module, fqn)
+
+
+def _check_forward(module: nn.Module, fqn: str) -> None:
+    if "forward" in vars(module):
+        raise UnsupportedError(
+            f"{fqn} already has a forward set on the instance (by offload, casting, cache or compile hooks). Call transform first "
+            "and add them afterwards."
+        )
 
 
 def plan_model(analysis: ModelAnalysis) -> ModelPlan:
@@ -90,11 +109,7 @@ def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan,
 
 
 def _make_router(module: nn.Module, fqn: str, width: int, reference: nn.Parameter | None) -> Router:
-    if "forward" in vars(module):
-        raise UnsupportedError(
-            f"{fqn} already has a forward set on the instance (by offload, cache or compile hooks). Call transform first and "
-            "add them afterwards."
-        )
+    _check_forward(module, fqn)
     parameter = next(module.parameters(), reference)
     if parameter is None:
         raise UnsupportedError(f"{fqn} has no parameters, so nothing tells a router's dtype and device")

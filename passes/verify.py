@@ -19,6 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arguments import iterate_leaves, map_leaves, unbind_arguments
 from ..config import DiffCRConfig
@@ -232,7 +233,8 @@ class Trial:
         """With keys and values from all tokens, kept tokens equal the dense block's; returns the largest relative error."""
         program = write_program(plan, DiffCRConfig())
         weight = torch.randn(plan.width, generator=self.generator)
-        routed, kept = program(graph.bind(self.module), weight, NUM_KEPT, self.values)
+        own = graph.on(weight.device)
+        routed, kept = program(own.bind(self.module), weight, NUM_KEPT, self.values)
         results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
         worst = 0.0
         for output, result, value in zip(plan.outputs, results, self._run(self.values), strict=True):
@@ -299,6 +301,13 @@ def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A float32 CPU copy in eval mode with every float parameter drawn anew, of the scale of a usual initialisation, and every
     buffer that holds but one value: a gate may be switched off by either."""
     duplicate = copy.deepcopy(module)
+    for part in duplicate.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if is_traceable_wrapper_subclass(
+                parameter
+            ):  # quantised: what the block does with weights is proved on plain ones
+                plain = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                setattr(part, name, nn.Parameter(plain, requires_grad=False))
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         duplicate = duplicate.to_empty(device="cpu")
         for tensor in (*duplicate.parameters(), *duplicate.buffers()):

@@ -15,6 +15,7 @@ from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, s
 
 import diffcr_compile
 from diffcr_compile import ArtefactError
+from diffcr_compile.artefact import record_checksum
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
 
@@ -109,6 +110,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: i
     def damage(path: Path) -> None:
         record = json.loads((path / "routing.json").read_text())
         change(record)
+        record["checksum"] = record_checksum(record)
         (path / "routing.json").write_text(json.dumps(record))
 
     return damage
@@ -133,7 +135,7 @@ def truncate(name: str) -> Callable[[Path], None]:
         (edit(lambda record: record.pop("plan")), "damaged: KeyError"),
         (edit(lambda record: record["config"].update(colour=1)), "no option named 'colour'"),
         (edit(lambda record: record["table"].pop()), r"expected a ratio table of shape \(4, 2\)"),
-        (edit(lambda record: record["table"][0].__setitem__(0, 1001)), "ratios outside 0..1000"),
+        (edit(lambda record: record["table"][0].__setitem__(0, 1001)), "ratios of whole thousandths"),
         (edit(lambda record: record["table"].__setitem__(0, 3)), "damaged"),
         (edit(lambda record: record.update(sha256="")), "truncated or changed"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,5 +149,14 @@ def test_what_has_no_repeated_attention_is_refused_and_left_alone() -> None:
     model = Mlp()
     with pytest.raises(diffcr_compile.BlockNotFoundError):
         diffcr_compile.transform(model, example_inputs={"x": inputs()["x"]})
+    assert not list(model.children())
+    assert "forward" not in vars(model)
+
+
+def test_a_routing_of_a_flat_forward_says_why_it_is_not_loaded(tmp_path: Path) -> None:
+    diffcr_compile.save(transformed(), tmp_path / "routing")
+    model = FlatDiT()
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"no block modules.*instead of load"):
+        diffcr_compile.load(model, tmp_path / "routing")
     assert not list(model.children())
     assert "forward" not in vars(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,3 +87,21 @@ def test_a_failed_transform_gives_the_graph_back() -> None:
         diffcr_compile.transform(graph, example_inputs=call, filter_fn=lambda module, fqn: False)
     assert graph.code == code
     assert type(graph.get_submodule("blocks.0")) is kind
+
+
+def test_the_routing_of_a_graph_module_is_saved_and_loaded(tmp_path: Path) -> None:
+    inputs = facebook_inputs(3)
+    first, second = fx.symbolic_trace(facebook_dit()), fx.symbolic_trace(facebook_dit())
+    second.load_state_dict(first.state_dict())
+    diffcr_compile.transform(first, example_inputs=inputs)
+    diffcr_compile.set_ratios(first, torch.tensor([[0.2], [0.4], [0.5], [0.7]]).expand(4, len(_sites(first))))
+    diffcr_compile.save(first, tmp_path / "routing")
+    diffcr_compile.load(second, tmp_path / "routing")
+    with torch.no_grad():
+        assert same_bits(second(**inputs), first(**inputs))
+    diffcr_compile.restore(second)
+    assert same_bits(second(**inputs), fx.symbolic_trace(facebook_dit())(**inputs))
+
+
+def _sites(model: nn.Module) -> tuple[Any, ...]:
+    return diffcr_compile.explain(model).plan.sites

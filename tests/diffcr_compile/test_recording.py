@@ -1,0 +1,80 @@
+"""Recorded batches: kept in memory or on disk, all or some of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from models import Shape, original, routed, same_bits, tiny_inputs
+
+import diffcr_compile
+from diffcr_compile.recording import read_batch, write_batch
+
+SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
+
+
+def test_a_batch_of_any_structure_survives_its_file(tmp_path: Path) -> None:
+    batch = {
+        "x": torch.randn(2, 3, dtype=torch.bfloat16),
+        "nested": {"flags": (True, None, 2.5), "tables": [torch.arange(4), torch.zeros(0)]},
+        "name": "a lighthouse",
+    }
+    write_batch(tmp_path / "batch.safetensors", batch)
+    again = read_batch(tmp_path / "batch.safetensors")
+    assert same_bits(again["x"], batch["x"])
+    assert again["nested"]["flags"] == (True, None, 2.5)
+    assert [tensor.tolist() for tensor in again["nested"]["tables"]] == [[0, 1, 2, 3], []]
+    assert again["name"] == "a lighthouse"
+
+
+@pytest.mark.parametrize("damage", [b"", b"nothing of the kind", b"\xff" * 64])
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: bytes) -> None:
+    file = tmp_path / "batch.safetensors"
+    file.write_bytes(damage)
+    with pytest.raises(diffcr_compile.ArtefactError, match="holds no recorded batch"):
+        read_batch(file)
+
+
+def test_recording_to_disk_is_recording(tmp_path: Path) -> None:
+    model, inputs = original(SHAPE), [tiny_inputs(SHAPE, seed=seed) for seed in range(3)]
+    with diffcr_compile.record(model, folder=tmp_path / "calls") as batches:
+        for one in inputs:
+            model(**one)
+    assert len(list((tmp_path / "calls").iterdir())) == len(batches) == 3
+    assert all(same_bits(batch, one) for batch, one in zip(batches, inputs, strict=True))
+    with (
+        pytest.raises(diffcr_compile.ArtefactError, match="not an empty directory"),
+        diffcr_compile.record(model, folder=tmp_path / "calls"),
+    ):
+        pass
+
+
+def test_a_limit_is_spread_evenly_over_the_regions(tmp_path: Path) -> None:
+    """Forty calls, thirty of them in one region: of eight kept, two lie in each, in the order in which they came."""
+    model = routed(SHAPE)
+    steps = [990.0] * 30 + [600.0] * 4 + [300.0] * 3 + [20.0] * 3
+    with diffcr_compile.record(model, limit=8, folder=tmp_path / "calls") as batches:
+        for number, step in enumerate(steps):
+            model(**tiny_inputs(SHAPE, seed=number, timestep=torch.full((3,), step)))
+    kept = [float(batch["timestep"][0]) for batch in batches]
+    assert Counter(kept) == {990.0: 2, 600.0: 2, 300.0: 2, 20.0: 2}
+    assert kept == sorted(kept, reverse=True)
+    assert len(list((tmp_path / "calls").iterdir())) == 8
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5])
+def test_a_bad_limit_is_named(limit: int) -> None:
+    with pytest.raises(ValueError, match="limit must be"), diffcr_compile.record(original(SHAPE), limit=limit):
+        pass
+
+
+def test_recorded_files_calibrate(tmp_path: Path) -> None:
+    model = routed(SHAPE)
+    with diffcr_compile.record(model, folder=tmp_path / "calls") as batches:
+        for seed in range(3):
+            model(**tiny_inputs(SHAPE, num_tokens=40, seed=seed))
+    config = diffcr_compile.CalibrationConfig(steps=4, trainable="routers")
+    report = diffcr_compile.calibrate(model, batches, budget=0.7, config=config)
+    assert 0.693 <= report.share <= 0.7
