@@ -1,0 +1,1 @@
+"""The compatibility matrix: what routing must hold together with, one file for each group of rows."""

@@ -1,0 +1,265 @@
+"""What changes a model's linear layers: rows 4 (LoRA by peft) and 5 (quantisation by torchao), before and after transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import relative_error, routed_fqns, tensors_of, watch_blocks
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+import diffcr_compile
+from compatibility.matrix import (
+    LARGE,
+    TINY,
+    assert_bits,
+    assert_close,
+    assert_keeps,
+    assert_routes,
+    inputs,
+    kept,
+    plain,
+    routed,
+    row,
+    run,
+    transform_first,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the routers are untrained", "ignore:There is a performance drop", "ignore:.*adapter"
+)
+
+RANK, SCALE = 3, 2
+MERGED = 1e-4
+"""Of the largest value: ``W x + s B A x`` is added up in another order than ``(W + s B A) x`` (float32), which changes a score that
+is near another's by no more than that either."""
+
+
+# Row 4
+
+
+def _config(name: str) -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=list(TINY[name].targets))
+
+
+def _weights(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """Adapter weights as a file would hold them: ``fqn.lora_A.weight``, found on the plain model."""
+    model = inject_adapter_in_model(_config(name), plain(name))
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: 0.3 * torch.randn(value.shape, generator=generator)
+        for key, value in get_peft_model_state_dict(model).items()
+    }
+
+
+def _adapters(model: nn.Module) -> dict[str, LoraLayer]:
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _inject(model: nn.Module, name: str, weights: dict[str, Tensor]) -> nn.Module:
+    inject_adapter_in_model(_config(name), model)
+    assert set(_adapters(model)) == {key.removesuffix(".lora_A.weight") for key in weights if "lora_A" in key}
+    _set(model, weights)
+    return model.eval()
+
+
+def _set(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for fqn, layer in _adapters(model).items():
+            layer.lora_A["default"].weight.copy_(weights[f"{fqn}.lora_A.weight"])
+            layer.lora_B["default"].weight.copy_(weights[f"{fqn}.lora_B.weight"])
+
+
+def _merged(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A model without adapters whose own weights were changed by hand."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for key, first in weights.items():
+            if "lora_A" in key:
+                second = weights[key.replace("lora_A", "lora_B")]
+                state[key.replace("lora_A.weight", "weight")] += SCALE * second @ first
+    return model
+
+
+@row(4, "LoRA after transform: load, fuse, unload")
+def test_lora_after(name: str) -> None:
+    weights, given = _weights(name), inputs(name)
+    expected, bare = run(_merged(routed(name), weights), given), run(routed(name), given)
+    model = routed(name)
+    keys = list(model.state_dict())
+    _inject(model, name, weights)
+    assert_routes(name, model, cost=diffcr_compile.cost(model, given))
+    assert_close(run(model, given), expected, MERGED)
+    assert not torch.allclose(expected, bare, rtol=1e-3)
+    for layer in _adapters(model).values():
+        layer.merge()
+    assert_close(run(model, given), expected, MERGED)
+    assert_routes(name, model)
+    for layer in _adapters(model).values():
+        layer.unmerge()
+    for fqn, layer in _adapters(model).items():
+        model.set_submodule(fqn, layer.base_layer)
+    assert list(model.state_dict()) == keys
+    assert_close(run(model, given), bare)
+    assert_routes(name, model)
+
+
+@row(4, "LoRA before transform, restored with it", slow=LARGE)
+def test_lora_before(name: str) -> None:
+    weights, given = _weights(name), inputs(name)
+    expected = run(_merged(routed(name, first=True), weights), given)
+    dense = run(_inject(plain(name), name, weights), given)
+    model = transform_first(_inject(plain(name), name, weights), name)
+    assert_routes(name, model, first=True, cost=diffcr_compile.cost(model, given))
+    assert_close(run(model, given), expected, MERGED)
+    diffcr_compile.restore(model)
+    assert_bits(run(model, given), dense)
+
+
+@row(4, "all-linear leaves the router alone")
+def test_all_linear(name: str) -> None:
+    linear = {fqn for fqn, module in plain(name).named_modules() if isinstance(module, nn.Linear)}
+    model, given = routed(name), inputs(name)
+    expected = run(model, given)
+    wrapped = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
+    assert set(_adapters(model)) <= linear
+    assert len(_adapters(model)) >= len(linear) - 1
+    assert not any("router" in fqn for fqn in _adapters(model))
+    assert_bits(run(wrapped.eval(), given), expected)  # a fresh adapter adds zero
+    assert {model.get_submodule(fqn).diffcr_router.weight.requires_grad for fqn in routed_fqns(model)} == {False}
+
+
+_NO_LOADER = dict.fromkeys(("dit", "pixart"), "diffusers' class has no LoRA loader of its own")
+
+
+@row(4, "diffusers' load, fuse, unfuse and unload after transform", without=_NO_LOADER)
+def test_diffusers_lora(name: str) -> None:
+    weights, given = _weights(name), inputs(name)
+    expected, bare = run(_merged(routed(name), weights), given), run(routed(name), given)
+    model = routed(name)
+    named = {f"transformer.{key}": value for key, value in weights.items()}
+    alphas = {
+        key.replace("lora_A.weight", "alpha"): torch.tensor(float(RANK * SCALE)) for key in named if "lora_A" in key
+    }
+    model.load_lora_adapter(named, network_alphas=alphas, prefix="transformer")
+    assert set(_adapters(model)) == {key.removesuffix(".lora_A.weight") for key in weights if "lora_A" in key}
+    assert_close(run(model, given), expected, MERGED)
+    assert_keeps(name, model)
+    model.fuse_lora()
+    assert_close(run(model, given), expected, MERGED)
+    assert_routes(name, model)
+    model.unfuse_lora()
+    assert_close(run(model, given), expected, MERGED)
+    model.unload_lora()
+    assert not _adapters(model)
+    assert_close(run(model, given), bare)
+    assert_routes(name, model)
+
+
+@row(4, "hot-swap of a compiled routed model, without recompilation", slow=LARGE)
+def test_hot_swap(name: str) -> None:
+    torch._dynamo.reset()
+    first, second, given = _weights(name), _weights(name, 1), inputs(name)
+    model = _inject(routed(name), name, first)
+    prepare_model_for_compiled_hotswap(model, config=_config(name), target_rank=RANK)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    assert_close(run(compiled, given), run(_merged(routed(name), first), given), MERGED)
+    assert counter.frame_count == 1
+    swapped = {key.replace(".weight", ".default.weight"): value for key, value in second.items()}
+    hotswap_adapter_from_state_dict(model, swapped, "default", _config(name))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_close(run(compiled, given), run(_merged(routed(name), second), given), MERGED)
+    assert_keeps(name, model)
+
+
+# Row 5
+
+
+INT8 = Int8WeightOnlyConfig()
+INT8_DYNAMIC = Int8DynamicActivationInt8WeightConfig()
+FLOAT8 = Float8WeightOnlyConfig()
+ALLOWED = 1.5
+"""Times the quantised dense model's error against the dense model."""
+
+
+def _quantised(model: nn.Module, config: Any) -> nn.Module:
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    quantize_(model, config)
+    assert linear
+    assert all(type(module.weight.data) is not Tensor for module in linear)
+    return model
+
+
+def _check_after(name: str, config: Any) -> None:
+    """The whole model; both keep the same tokens."""
+    given = inputs(name)
+    model, reference = _quantised(routed(name), config), routed(name)
+    allowed = ALLOWED * relative_error(run(_quantised(plain(name), config), given), run(plain(name), given))
+    for fqn, indices in kept(reference, given).items():
+        assert torch.equal(kept(model, given)[fqn], indices)
+    assert_keeps(name, model)
+    assert all(type(model.get_submodule(fqn).diffcr_router.weight) is nn.Parameter for fqn in routed_fqns(model))
+    assert 0 < relative_error(run(model, given), run(reference, given)) < allowed
+
+
+@row(5, "int8 weights after transform")
+def test_int8_after(name: str) -> None:
+    _check_after(name, INT8)
+
+
+@row(5, "int8 weights and activations after transform")
+def test_int8_dynamic_after(name: str) -> None:
+    _check_after(name, INT8_DYNAMIC)
+
+
+@row(5, "float8 weights after transform")
+def test_float8_after(name: str) -> None:
+    """Block by block on the same inputs, since an error of this size changes which of two near scores is larger further on."""
+    model, reference = _quantised(routed(name), FLOAT8), routed(name)
+    quantised, dense = _quantised(plain(name), FLOAT8), plain(name)
+    assert_keeps(name, model)
+    with torch.no_grad(), watch_blocks(reference, routed_fqns(reference)) as calls:
+        reference(**inputs(name))
+    for call in calls:
+        blocks = [one.get_submodule(call.fqn) for one in (model, quantised, dense)]
+        with torch.no_grad():
+            found, changed, plainly = (tensors_of(block(*call.args, **call.kwargs)) for block in blocks)
+        for one, other, before, after in zip(found, tensors_of(call.output), plainly, changed, strict=True):
+            assert 0 < relative_error(one, other) < ALLOWED * relative_error(after, before)
+
+
+def _check_before(name: str, config: Any) -> None:
+    """The other order gives the same bits: its error is that of the lines above."""
+    given = inputs(name)
+    model, after = transform_first(_quantised(plain(name), config), name), _quantised(routed(name, first=True), config)
+    assert_keeps(name, model, first=True)
+    assert_bits(run(model, given), run(after, given))
+    diffcr_compile.restore(model)
+    assert_bits(run(model, given), run(_quantised(plain(name), config), given))
+
+
+@row(5, "int8 weights before transform", slow=LARGE)
+def test_int8_before(name: str) -> None:
+    _check_before(name, INT8)
+
+
+@row(5, "int8 weights and activations before transform", models=("dit",))
+def test_int8_dynamic_before(name: str) -> None:
+    _check_before(name, INT8_DYNAMIC)
+
+
+@row(5, "float8 weights before transform", models=("dit",))
+def test_float8_before(name: str) -> None:
+    _check_before(name, FLOAT8)
