@@ -2,17 +2,21 @@
 
     python examples/benchmarks/inside.py          # about a quarter of an hour on two idle cores
     python examples/benchmarks/inside.py --quick  # to see that it runs
+    python examples/benchmarks/inside.py --model photos --steps 50 20 8 --samples 8   # another model; needs scikit-image
 
 Every row starts from the same noise and labels; *moved* is the mean squared distance of its samples from the dense model's own
 at the same number of steps, and share its FLOPs, first dense step included, as a share of the dense sampling's. Tables are
 chosen by ``calibrate`` (training-free) from one dense sampling of other pictures. Times are eager seconds over the dense ones,
-taken right after. Writes `inside.md` and `inside.json` beside it.
+taken right after. Writes `inside.md` and `inside.json` beside it, or with another model `inside_NAME.md` and `inside_NAME.json`;
+whole-block caches run on the digits DiT alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import shlex
 import sys
 import time
 import types
@@ -106,6 +110,7 @@ class Settings:
     steps: tuple[int, ...]
     samples: int
     seed: int
+    model: str = "digits"
 
 
 class Bench:
@@ -113,16 +118,18 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.rows = settings, []  # type: ignore[var-annotated]
-        self.labels = torch.arange(settings.samples) % digits.NUM_CLASSES
+        self.example = importlib.import_module(settings.model)
+        self.labels = torch.arange(settings.samples) % self.example.NUM_CLASSES
         generator = torch.Generator().manual_seed(settings.seed)
-        self.noise = torch.randn(settings.samples, 1, digits.CANVAS_SIZE, digits.CANVAS_SIZE, generator=generator)
-        self.inputs = digits.calibration_batches(1, 4)[0]
-        self.plain = digits.load_model()
+        size, channels = self.example.CANVAS_SIZE, getattr(self.example, "CHANNELS", 1)
+        self.noise = torch.randn(settings.samples, channels, size, size, generator=generator)
+        self.inputs = self.example.calibration_batches(1, 4)[0]
+        self.plain = self.example.load_model()
         self.dense = {steps: self._sample(self.plain, steps)[0] for steps in settings.steps}
 
     def _sample(self, model: nn.Module, steps: int) -> tuple[Tensor, float]:
         start = time.perf_counter()
-        images = digits.sample(model, self.labels, noise=self.noise, steps=steps)
+        images = self.example.sample(model, self.labels, noise=self.noise, steps=steps)
         return images, time.perf_counter() - start
 
     def note(self, method: str, model: nn.Module, steps: int, budget: float, share: float, own_steps: int = 0) -> None:
@@ -134,12 +141,12 @@ class Bench:
 
     def run_ours(self, method: str, options: dict[str, Any]) -> None:
         config = DiffCRConfig(num_regions=NUM_REGIONS, **options)
-        model = diffcr_compile.transform(digits.load_model(), config, example_inputs=self.inputs)
+        model = diffcr_compile.transform(self.example.load_model(), config, example_inputs=self.inputs)
         free = diffcr_compile.CalibrationConfig(preset="training-free")
         for steps in self.settings.steps:
             with diffcr_compile.record(model) as batches:
                 diffcr_compile.set_ratios(model, 0)
-                digits.sample(
+                self.example.sample(
                     model, torch.arange(4), steps=steps, generator=torch.Generator().manual_seed(self.settings.seed + 1)
                 )
             for budget in self.settings.shares:
@@ -173,6 +180,8 @@ class Bench:
             for budget in self.settings.shares:
                 fewer = max(round(budget * steps), 1)
                 self.note("fewer dense steps", self.plain, steps, budget, fewer / steps, own_steps=fewer)
+            if self.settings.model != "digits":
+                continue
             for interval in (2, 3):
                 for order in (0, 1):
                     cached = digits.load_model()
@@ -230,10 +239,10 @@ def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
     lines = [
         "# Inside the block: quality without training",
         "",
-        f"`python examples/benchmarks/inside.py`, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, digits "
-        f"DiT (8 blocks, 256 tokens), {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. Moved: mean squared "
-        "distance from the dense samples of as many steps, from equal noise. Share: FLOPs over the dense sampling's, first dense "
-        "step included. Time: eager, over a dense sampling taken right after it.",
+        f"`python {shlex.join(sys.argv)}`, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
+        f"{settings.model} DiT (8 blocks, 256 tokens), {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. "
+        "Moved: mean squared distance from the dense samples of as many steps, from equal noise. Share: FLOPs over the dense "
+        "sampling's, first dense step included. Time: eager, over a dense sampling taken right after it.",
     ]
     for steps in settings.steps:
         lines += ["", f"## {steps} steps", "", "| method | budget | share | time | moved |", "|---|---|---|---|---|"]
@@ -250,8 +259,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one budget, few steps and samples; nothing is written")
+    parser.add_argument("--model", choices=["digits", "photos"], default="digits", help="module of examples/")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     options = parser.parse_args()
-    settings = Settings(SHARES, STEPS, options.samples, options.seed)
+    settings = Settings(SHARES, tuple(options.steps), options.samples, options.seed, options.model)
     if options.quick:
         settings = Settings((0.65,), (8,), 2, options.seed)
     warnings.filterwarnings("ignore", message="the routers are untrained")
@@ -264,9 +275,10 @@ def main() -> None:
     print(text)
     if not options.quick:
         here = Path(__file__).parent
-        (here / "inside.md").write_text(text)
+        name = "inside" if settings.model == "digits" else f"inside_{settings.model}"
+        (here / f"{name}.md").write_text(text)
         record = {"settings": asdict(settings), "torch": torch.__version__, "rows": [asdict(row) for row in bench.rows]}
-        (here / "inside.json").write_text(json.dumps(record, indent=1) + "\n")
+        (here / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

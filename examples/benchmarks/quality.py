@@ -1,0 +1,357 @@
+"""Quality at equal FLOPs: what calibration learns against its rivals, on the digits DiT.
+
+    python examples/benchmarks/quality.py                      # hours on two cores; goes on where it was interrupted
+    python examples/benchmarks/quality.py --shares 0.8 --seeds 0 --training-steps 100
+
+Every method starts from the same trained weights; those that train take as many steps on the same batches. *Moved* is the mean
+squared distance of the samples from the dense model's, from equal noise; Fréchet distances are to held-out real digits, in
+features of the digits classifier, and compare within one table only. Each finished cell is kept in `quality.json`; `quality.md`
+is written from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import digits
+
+import diffcr_compile
+from diffcr_compile import CalibrationConfig, DiffCRConfig
+
+HERE = Path(__file__).parent
+BATCH, NUM_BATCHES = 8, 48
+SAMPLER_STEPS = 20
+RECORDED = 4
+TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a run share."""
+
+    training_steps: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model ready to sample, how many steps it takes, and the share of the dense sampling's FLOPs that it then has."""
+
+    model: nn.Module
+    steps: int
+    share: float
+
+
+def training_batches(seed: int) -> list[dict[str, Tensor]]:
+    """The denoiser's inputs with the velocity that it should predict, as ``digits.calibration_batches`` draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = digits.build_scheduler()
+    batches = []
+    for _ in range(NUM_BATCHES):
+        images, labels = digits.pictures(BATCH, generator)
+        noise = torch.randn(images.shape, generator=generator)
+        timesteps = torch.randint(TIMESTEPS, (BATCH,), generator=generator)
+        batches.append(
+            {
+                "hidden_states": scheduler.add_noise(images, noise, timesteps),  # type: ignore[arg-type]
+                "timestep": timesteps,
+                "class_labels": labels,
+                "velocity": scheduler.get_velocity(images, noise, timesteps),  # type: ignore[arg-type]
+            }
+        )
+    return batches
+
+
+def diffusion_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean squared error of the predicted velocity."""
+    inputs = {name: value for name, value in batch.items() if name != "velocity"}
+    return F.mse_loss(model(**inputs, return_dict=False)[0], batch["velocity"])
+
+
+def without_targets(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: value for name, value in batch.items() if name != "velocity"} for batch in batches]
+
+
+def routed(batches: list[dict[str, Tensor]], **options: Any) -> nn.Module:
+    return diffcr_compile.transform(
+        digits.load_model(), DiffCRConfig(**options), example_inputs=without_targets(batches[:1])[0]
+    )
+
+
+def sampler_share(model: nn.Module) -> float:
+    """FLOPs over the sampler's timesteps, as a share of the dense ones; with reuse the first step is dense."""
+    cost = diffcr_compile.cost(model)
+    scheduler = digits.build_scheduler()
+    scheduler.set_timesteps(SAMPLER_STEPS)
+    rows = len(cost.routed_flops)
+    flops = [cost.routed_flops[int(step) * rows // TIMESTEPS] for step in scheduler.timesteps]
+    if cost.memory_bytes:
+        flops[0] = cost.dense_flops
+    return sum(flops) / SAMPLER_STEPS / cost.dense_flops
+
+
+def uniform_ratio(model: nn.Module, budget: float) -> float:
+    """The smallest ratio that costs at most ``budget`` where all blocks and regions have it."""
+    low, high = 0, 1000
+    while low < high:
+        middle = (low + high) // 2
+        diffcr_compile.set_ratios(model, middle / 1000)
+        low, high = (low, middle) if diffcr_compile.cost(model).share <= budget else (middle + 1, high)
+    return low / 1000
+
+
+def trained(model: nn.Module, batches: list[dict[str, Tensor]], budget: float, distil: bool, **options: Any) -> Made:
+    """``model`` after calibration: by distillation, or by the diffusion loss."""
+    config = CalibrationConfig(**options)
+    if distil:
+        diffcr_compile.calibrate(model, without_targets(batches), budget=budget, config=config)
+    else:
+        diffcr_compile.calibrate(model, batches, budget=budget, config=config, loss=diffusion_loss)
+    return Made(model, SAMPLER_STEPS, sampler_share(model))
+
+
+def control(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The dense model, trained on by the diffusion loss as long as the others."""
+    return trained(routed(batches), batches, 1.0, distil=False, steps=steps, seed=seed, ramp=0.0, settle=1.0)
+
+
+def random_tokens(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """One ratio throughout, tokens by routers that know nothing."""
+    model = routed(batches)
+    diffcr_compile.set_ratios(model, uniform_ratio(model, budget))
+    return Made(model, SAMPLER_STEPS, sampler_share(model))
+
+
+def mixture_of_depths(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """One ratio throughout, routers and weights trained at it."""
+    model = routed(batches)
+    diffcr_compile.set_ratios(model, uniform_ratio(model, budget))
+    return trained(model, batches, budget, distil=True, steps=steps, seed=seed, ramp=0.0, settle=1.0)
+
+
+def layer_drop(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """Whole blocks left out in all timesteps, those first that change the stream least; weights trained without them."""
+    model = routed(batches)
+    table = torch.zeros_like(diffcr_compile.ratios(model))
+    for block in update_sizes(model, without_targets(batches[:4])).argsort().tolist():
+        if diffcr_compile.cost(model).share <= budget:
+            break
+        table[:, block] = 1.0
+        diffcr_compile.set_ratios(model, table)
+    return trained(model, batches, budget, distil=True, steps=steps, seed=seed, ramp=0.0, settle=1.0)
+
+
+@torch.no_grad()
+def update_sizes(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Root mean square of each block's update (num_blocks,)."""
+    sizes: list[list[float]] = [[] for _ in model.transformer_blocks]  # type: ignore[union-attr]
+    handles = [
+        block.register_forward_hook(lambda _, args, out, seen=seen: seen.append(float((out - args[0]).square().mean())))
+        for block, seen in zip(model.transformer_blocks, sizes, strict=True)  # type: ignore[arg-type]
+    ]
+    for batch in batches:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return torch.tensor([statistics.mean(seen) for seen in sizes]).sqrt()
+
+
+def layer_wise(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """DiffCR with one ratio a layer, by the paper's estimator."""
+    model = routed(batches, num_regions=1)
+    return trained(model, batches, budget, distil=True, steps=steps, seed=seed, estimator="two-bin")
+
+
+def papers_recipe(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """DiffCR, layer- and timestep-wise, with the paper's gate and loss, no warm start; budget in FLOPs."""
+    model = routed(batches, gate="sigmoid")
+    chosen = {"preset": "paper", "steps": steps, "seed": seed, "budget_kind": "flops"}
+    return trained(model, batches, budget, distil=False, **chosen)
+
+
+def ours(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The default: layer- and timestep-wise, exact gate, distillation, warm start, single-pass."""
+    return trained(routed(batches), batches, budget, distil=True, steps=steps, seed=seed)
+
+
+def ours_two_bin(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The default with the paper's estimator: as many steps, in more time."""
+    return trained(routed(batches), batches, budget, distil=True, steps=steps, seed=seed, estimator="two-bin")
+
+
+def ours_low_rank(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The default with adapters of rank 16 in place of the weights."""
+    chosen = {"trainable": "lora", "lora_rank": 16, "learning_rate": 1e-3}
+    return trained(routed(batches), batches, budget, distil=True, steps=steps, seed=seed, **chosen)
+
+
+def ours_with_context(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The default, but all tokens give keys and values."""
+    model = routed(batches, context="all")
+    return trained(model, batches, budget, distil=True, steps=steps, seed=seed)
+
+
+def training_free(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """Tokens in turn, updates reused and extrapolated, full context; the table from one dense sampling."""
+    model = routed(batches, skip="reuse", num_regions=10)
+    with diffcr_compile.record(model) as recorded:
+        generator = torch.Generator().manual_seed(seed + 1)
+        digits.sample(model, torch.arange(RECORDED), steps=SAMPLER_STEPS, generator=generator)
+    diffcr_compile.calibrate(model, recorded, budget=budget)
+    return Made(model, SAMPLER_STEPS, sampler_share(model))
+
+
+def fewer_steps(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The dense model in fewer sampling steps."""
+    fewer = round(budget * SAMPLER_STEPS)
+    return Made(digits.load_model(), fewer, fewer / SAMPLER_STEPS)
+
+
+METHODS: dict[str, Callable[..., Made]] = {
+    "training-free (reuse)": training_free,
+    "dense, fewer steps": fewer_steps,
+    "random tokens": random_tokens,
+    "ours (default)": ours,
+    "ours, two-bin": ours_two_bin,
+    "uniform MoD": mixture_of_depths,
+    "layer drop": layer_drop,
+    "DiffCR-L": layer_wise,
+    "DiffCR-LT, paper's recipe": papers_recipe,
+    "ours, all context": ours_with_context,
+    "ours, LoRA": ours_low_rank,
+}
+
+
+class Bench:
+    """Makes, samples, measures; keeps each cell as soon as it is there."""
+
+    def __init__(self, settings: Settings, file: Path) -> None:
+        self.settings, self.file = settings, file
+        self.cells: dict[str, dict[str, Any]] = json.loads(file.read_text())["cells"] if file.exists() else {}
+        self.classifier = digits.load_classifier()
+        real, _ = digits.pictures(5 * settings.samples, torch.Generator().manual_seed(11), train=False)
+        self.real = self.classifier.features(real).detach()
+        self.references: dict[int, Tensor] = {}
+
+    def run(self, method: str, make: Callable[..., Made], budget: float, seed: int) -> None:
+        """One cell, unless it is known."""
+        key = f"{method} | {budget} | {seed} | {self.settings.training_steps} | {self.settings.samples}"
+        if key in self.cells:
+            return
+        start = time.perf_counter()
+        try:
+            made = make(training_batches(seed), budget, self.settings.training_steps, seed)
+        except diffcr_compile.UnsupportedError as error:  # adapters want peft
+            print(f"{method}: {error}", file=sys.stderr)
+            return
+        seconds = time.perf_counter() - start
+        labels = torch.arange(self.settings.samples) % digits.NUM_CLASSES
+        images = self._sample(made.model, made.steps, seed)
+        self.cells[key] = {
+            "method": method,
+            "budget": budget,
+            "seed": seed,
+            "share": made.share,
+            "moved": digits.distance(images, self._reference(seed)),
+            "frechet": digits.frechet_distance(self.real, self.classifier.features(images).detach()),
+            "accuracy": digits.class_accuracy(images, labels, self.classifier),
+            "seconds": seconds,
+        }
+        record = {"torch": torch.__version__, "command": f"python {shlex.join(sys.argv)}", "cells": self.cells}
+        self.file.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _sample(self, model: nn.Module, steps: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        labels = torch.arange(self.settings.samples) % digits.NUM_CLASSES
+        return digits.sample(model.eval(), labels, steps=steps, generator=generator)
+
+    def _reference(self, seed: int) -> Tensor:
+        if seed not in self.references:
+            self.references[seed] = self._sample(digits.load_model(), SAMPLER_STEPS, seed)
+        return self.references[seed]
+
+
+def as_markdown(cells: list[dict[str, Any]], settings: Settings, command: str) -> str:
+    """One table a share: means over seeds, the spread (half the range) behind ±."""
+    lines = [
+        "# Quality at equal FLOPs",
+        "",
+        f"`{command}`, torch {torch.__version__}, CPU, float32, digits DiT (8 blocks, 256 tokens), "
+        f"{settings.training_steps} training steps of batch {BATCH} where anything is trained, {settings.samples} samples, "
+        f"{SAMPLER_STEPS} DDIM steps, no guidance. Share: FLOPs of the sampling over the dense one's. Moved: mean squared distance "
+        "from the dense samples, equal noise. Fréchet: to held-out real digits, comparable within this page. Accuracy: the asked "
+        "class, by a classifier. Seconds: to make the model, search for blocks and dense outputs included; they compare only where "
+        "the machine was idle. Means over the seeds given; ± half their range.",
+    ]
+    for budget in sorted({cell["budget"] for cell in cells}, reverse=True):
+        lines += ["", f"## FLOPs share {budget:g}", ""]
+        lines += ["| method | seeds | share | moved | Fréchet | accuracy | seconds |", "|---|---|---|---|---|---|---|"]
+        here = [cell for cell in cells if cell["budget"] == budget]
+        methods = dict.fromkeys(cell["method"] for cell in here)
+        groups = [[cell for cell in here if cell["method"] == method] for method in methods]
+        for group in sorted(groups, key=lambda group: statistics.mean(cell["moved"] for cell in group)):
+            columns = [
+                _spread([cell[name] for cell in group], form)
+                for name, form in (
+                    ("share", ".3f"),
+                    ("moved", ".2g"),
+                    ("frechet", ".0f"),
+                    ("accuracy", ".0%"),
+                    ("seconds", ".0f"),
+                )
+            ]
+            lines.append(f"| {group[0]['method']} | {len(group)} | " + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], form: str) -> str:
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):{form}}" + (f" ± {half:{form}}" if half else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.65, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--training-steps", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "dense, trained on"], default=None)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of quality.json and quality.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="the routers are untrained")
+    settings = Settings(options.training_steps, options.samples)
+    bench = Bench(settings, options.out / "quality.json")
+    chosen = options.methods or ["dense, trained on", *METHODS]
+    cells = [(method, share, seed) for seed in options.seeds for share in options.shares for method in chosen]
+    for method, share, seed in tqdm(cells, desc="cells"):
+        if method == "dense, trained on":
+            bench.run(method, control, 1.0, seed)
+        else:
+            bench.run(method, METHODS[method], share, seed)
+        (options.out / "quality.md").write_text(
+            as_markdown(list(bench.cells.values()), settings, f"python {shlex.join(sys.argv)}")
+        )
+    print((options.out / "quality.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
