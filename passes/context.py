@@ -39,6 +39,7 @@ from .verify import Trial, first_line
 
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
+_SPLITS = (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.tensor_split.indices)
 _QUERY_FIRST = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.default: 1}
 """Products with the position of the factor whose rows are queries, or attention weights; what follows it is keys or values."""
 
@@ -164,7 +165,7 @@ class _Writer:
     def full(self, node: fx.Node) -> Any:
         """The node's value for all tokens."""
         if node not in self._full:
-            self._full[node] = self._copy(node, self.full)
+            self._full[node] = self._copy(node, self.kept if self._is_beside(node) else self.full)
         return self._full[node]
 
     def kept(self, node: fx.Node) -> Any:
@@ -198,6 +199,21 @@ class _Writer:
         if dims is not None and self._is_table(dims):
             return self._copy(node, self._in_table)
         return self._copy(node, self.kept)
+
+    def _is_beside(self, node: fx.Node) -> bool:
+        """Whether a value is the part of a joint sequence without its tokens (the text): cut from the kept rows it is the same, and
+        the rows of skipped tokens need not be computed for it."""
+        if node.target is operator.getitem and node.args[0].target in _SPLITS:  # type: ignore[union-attr]
+            whole = node.args[0].args[0]  # type: ignore[union-attr]
+        elif node.target is _aten.slice.Tensor:
+            whole = node.args[0]
+        else:
+            return False
+        dims, joint = self._dims(node), self._dims(whole)
+        if dims is None or joint is None or whole in self.asked_full or whole not in self.following:
+            return False
+        holds = [any(self.block.token in size.free_symbols for size in sizes) for sizes in (dims, joint)]
+        return holds == [False, True]
 
     def _mixes(self, node: fx.Node) -> bool:
         """Whether a product contracts over tokens, or has keys for columns."""

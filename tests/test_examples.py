@@ -161,7 +161,6 @@ def test_reuse_needs_no_example_inputs() -> None:
     assert len(batches) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the text's rows are computed by the whole dense attention beside the kept rows")
 def test_full_context_costs_less_than_dense_in_joint_blocks() -> None:
     model, inputs = original(JOINT), tiny_inputs(JOINT, num_tokens=64)
     diffcr_compile.transform(model, DiffCRConfig(skip="reuse"), example_inputs=inputs)

@@ -258,7 +258,6 @@ def test_reuse_without_training(name: str) -> None:
     assert flops(name, model, num_inference_steps=LONG) < flops(name, original(name), num_inference_steps=LONG)
 
 
-@pytest.mark.xfail(strict=True, reason="full context computes the text of a joint sequence with all image tokens again")
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_full_context_costs_less_than_dense(name: str) -> None:
     shares = [diffcr_compile.cost(reusing(name, ratio)).share for ratio in (0.0, 0.1, 0.25, 0.5, 0.75)]
