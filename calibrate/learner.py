@@ -34,6 +34,7 @@ from .ratios import BudgetedRatios
 from .report import CalibrationReport
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
+from .trials import TRENDS, propose_tables, try_table, visited_regions
 from .warm_start import fit_routers
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -78,6 +79,7 @@ class Learner:
         self.history: list[dict[str, Any]] = []
         self.learned: dict[float, Tensor] = {}
         self.tables: dict[float, Rows] = {}
+        self.trials: dict[str, float] = {}
 
     def execute(self) -> CalibrationReport:
         """All stages; leaves the model at the first budget's table."""
@@ -104,8 +106,34 @@ class Learner:
         if self.state.config.selection != "turn":
             self._warm_start()
         suffering = measure_suffering(self.model, self.state, self._all("dense forwards"))
+        if self.state.config.skip == "identity":
+            for budget in self.task.budgets:
+                self.tables[budget] = choose_table(suffering, self.task.costs, budget, self.config.tolerance)
+        else:
+            self._try_tables(suffering)
+
+    def _try_tables(self, suffering: Tensor) -> None:
+        """With reuse: the proposed table whose outputs are nearest to the dense ones on the batches, and how far to extrapolate.
+
+        One extrapolation serves all budgets: the first one's."""
+        visited = visited_regions(self.model, self.state, self._all("steps"))
+        targets = [[o.cpu() for o in dense_outputs(self.model, batch)] for batch in self._all("dense outputs")]
+        trends = TRENDS if self.state.config.extrapolation else (1.0,)
         for budget in self.task.budgets:
-            self.tables[budget] = choose_table(suffering, self.task.costs, budget, self.config.tolerance)
+            proposed = propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
+            errors = {
+                (name, trend): try_table(self.model, self.state, rows, trend, self._all(f"trying: {name}"), targets)
+                for name, rows in proposed.items()
+                for trend in trends
+            }
+            name, trend = min(errors, key=lambda key: errors[key])
+            self.tables[budget] = proposed[name]
+            if not self.trials:
+                self.trials = {
+                    f"{tried}, extrapolated" if by else tried: error for (tried, by), error in errors.items()
+                }
+                trends = (trend,)
+        self.state.trend = trends[0]
 
     def _build_optimizer(self) -> None:
         config, routers = self.config, list(self.routers.values())
@@ -365,6 +393,7 @@ class Learner:
             diagnostics=(*examine_table(table, budget), *remarks),
             scores=scores,
             timestep=state.plan.timestep,
+            trials=self.trials,
         )
 
 

@@ -35,6 +35,7 @@ class CalibrationReport:
     cost, at most ``budget``; ``budget_kind``: of what. blocks: names of the table's columns. dense_flops, region_flops: of one
     forward, dense and at each row. seconds: wall time. diagnostics: what looks wrong, in words. scores: for each block the
     lowest and the highest router score, and how many tokens lie in equal steps between. timestep: the model's timestep input.
+    trials: without training, the tables that were tried for ``budget``, and what their outputs were off by.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -50,6 +51,7 @@ class CalibrationReport:
     diagnostics: tuple[str, ...] = ()
     scores: Histograms = ()
     timestep: TimestepPlan | None = None
+    trials: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         losses = [entry["loss"] for entry in self.history]
@@ -65,6 +67,8 @@ class CalibrationReport:
                 + " ".join(f"{value:4.2f}" for value in row)
                 + f"   {flops / self.dense_flops:6.1%} of FLOPs, {1 - float(row.mean()):6.1%} of tokens"
             )
+        for name, error in sorted(self.trials.items(), key=lambda item: item[1]):
+            lines.append(f"tried: {name}: error {error:.2e}")
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.diagnostics)])
 
     def sampler_share(self, timesteps: Iterable[float]) -> float:
@@ -150,6 +154,7 @@ class CalibrationReport:
                 f"tables of shape {shape}",
             ),
             (all(isinstance(name, str) for name in (*self.blocks, *self.diagnostics)), "names"),
+            (all(type(error) is float for error in self.trials.values()), "errors of what was tried"),
             (all({"step", "loss", "share", "phase"} <= set(entry) for entry in self.history), "steps in the history"),
         ):
             if not holds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor
 
@@ -29,24 +31,36 @@ def snap_table(masters: Tensor, costs: CostModel, budget: float, tolerance: floa
     return _choose((learned[:, :, None] - bins / SCALE) ** 2, costs, budget, tolerance)
 
 
-def choose_table(suffering: Tensor, costs: CostModel, budget: float, tolerance: float) -> Rows:
-    """The table of bins whose summed ``suffering`` (num_regions, num_blocks, bins) is least within the budget; as
-    :func:`snap_table`, with another measure of what a bin costs."""
-    return _choose(suffering.double().numpy(), costs, budget, tolerance)
+def choose_table(
+    suffering: Tensor, costs: CostModel, budget: float, tolerance: float, weights: Tensor | None = None
+) -> Rows:
+    """The table of bins whose summed ``suffering`` (num_rows, num_blocks, bins) is least within the budget; as
+    :func:`snap_table`, with another measure of what a bin costs.
+
+    weights: (num_rows,) shares of the forwards that each row serves, their sum one. None: all alike. Where they are given the rows
+    are those of bins, and what is left of the budget is for :func:`use_up`.
+    """
+    penalties = suffering.double().numpy()
+    if weights is None:
+        return _choose(penalties, costs, budget, tolerance)
+    return _choose_bins(penalties * weights.double().numpy()[:, None, None], costs, budget, weights.double().numpy())
 
 
 def _choose(penalties: np.ndarray, costs: CostModel, budget: float, tolerance: float) -> Rows:
+    rows = _choose_bins(penalties, costs, budget, np.full(len(penalties), 1 / len(penalties)))
+    return use_up(rows, costs.share, budget, tolerance)
+
+
+def _choose_bins(penalties: np.ndarray, costs: CostModel, budget: float, weights: np.ndarray) -> Rows:
     check_reachable(costs, budget)
-    num_regions, num_blocks, num_bins = penalties.shape
+    num_rows, num_blocks, num_bins = penalties.shape
     saved = [
-        [(block.dense - block.at(ratio * BIN)) / costs.dense / num_regions for ratio in range(num_bins)]
-        for block in costs.blocks
+        [(block.dense - block.at(ratio * BIN)) / costs.dense for ratio in range(num_bins)] for block in costs.blocks
     ]
-    savings = np.tile(np.array(saved), (num_regions, 1))
+    savings = (weights[:, None, None] * np.array(saved)[None]).reshape(-1, num_bins)
     penalties = np.where(savings < 0, np.inf, penalties.reshape(-1, num_bins))  # small ratios may cost more than none
     choices = _least_penalty(penalties, np.maximum(savings, 0), at_least=1 - budget)
-    rows = (choices.reshape(num_regions, num_blocks) * BIN).tolist()
-    return _use_up(rows, costs, budget, tolerance)
+    return (choices.reshape(num_rows, num_blocks) * BIN).tolist()
 
 
 def check_reachable(costs: CostModel, budget: float) -> None:
@@ -99,13 +113,18 @@ def _least_penalty(penalties: np.ndarray, saved: np.ndarray, *, at_least: float)
     return choices
 
 
-def _use_up(rows: Rows, costs: CostModel, budget: float, tolerance: float) -> Rows:
-    """Lower ratios, by thousandths and from the last region on, until the table's FLOPs are within the tolerance."""
+def use_up(rows: Rows, share: Callable[[Rows], float], budget: float, tolerance: float) -> Rows:
+    """Lower single ratios, from the last row on, each as far as the budget allows, until ``share`` is within the tolerance."""
     for row in range(len(rows) - 1, -1, -1):
         for block in range(len(rows[row])):
-            while rows[row][block] > 0 and costs.share(rows) < budget * (1 - tolerance):
-                rows[row][block] -= 1
-                if costs.share(rows) > budget:
-                    rows[row][block] += 1
-                    break
+            if rows[row][block] == 0:
+                continue
+            if share(rows) >= budget * (1 - tolerance):
+                return rows
+            low, high = 0, rows[row][block]
+            while low < high:
+                middle = (low + high) // 2
+                rows[row][block] = middle
+                low, high = (low, middle) if share(rows) <= budget else (middle + 1, high)
+            rows[row][block] = low
     return rows

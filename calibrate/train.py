@@ -52,8 +52,10 @@ def calibrate(
         checkpoints.
 
     With the preset ``"training-free"``, the default where the model was transformed with ``skip="reuse"``, nothing is learned: the
-    batches are run once at ratio zero, in their order (with reuse, that of sampling, as ``record`` collects them), what skipping
-    would have cost each block in each region is measured, and the table that costs least within the budget is taken.
+    batches are run at ratio zero, in their order (with reuse, that of sampling, as ``record`` collects them), what skipping would
+    have cost each block in each region is measured, and the table that costs least within the budget is taken. With reuse that
+    table is tried on the same batches beside others (one ratio for all; whole steps dense or skipped), each with and without
+    extrapolation, and the one whose outputs stay nearest to the dense ones is taken; its first step is dense, as it will be.
 
     Else the stages are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
     bins under the exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and
@@ -164,6 +166,7 @@ def _as_before(model: nn.Module, state: ModelRouting) -> Iterator[None]:
     routers = [router_weight(model.get_submodule(block.fqn)) for block in state.blocks]
     before = [router.detach().clone() for router in routers]
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
+    trend = state.trend
     lowered = state.lowered
     if lowered is not None:
         lowered.remove(model)
@@ -178,6 +181,7 @@ def _as_before(model: nn.Module, state: ModelRouting) -> Iterator[None]:
             for router, value in zip(routers, before, strict=True):
                 router.copy_(value)
         write_table(state, rows)
+        state.trend = trend
         raise
     finally:
         for module, flag in training.items():

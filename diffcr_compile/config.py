@@ -13,6 +13,7 @@ Gate = Literal["exact", "sigmoid"]
 Skip = Literal["identity", "reuse"]
 Context = Literal["kept", "all"]
 Selection = Literal["score", "turn", "score and turn"]
+MemoryDtype = Literal["float32", "bfloat16", "float16"]
 Estimator = Literal["two-bin", "single-pass"]
 BudgetKind = Literal["flops", "tokens", "latency"]
 Trainable = Literal["all", "lora", "routers"]
@@ -68,7 +69,8 @@ def _check_count(name: str, value: object, least: int = 1) -> None:
 class DiffCRConfig(_Options):
     """How blocks are found and routed.
 
-    num_regions: timestep regions of equal width, >= 1 (4 in the paper's section 4 for 20 sampling steps).
+    num_regions: timestep regions of equal width, >= 1. None: 4 (the paper's section 4, for 20 sampling steps); with reuse 50, so
+        that single steps of a sampler can be dense and others skipped whole.
     skip: what a skipped token leaves a block with; ``"identity"``: what it came in with (the paper); ``"reuse"``: that plus the
         block's update of it, extrapolated from the last ones (one tensor per routed block, and one more per ``extrapolation``).
     context: which tokens give keys and values; ``"kept"``: the kept ones (the paper); ``"all"``: every token, so that a kept
@@ -78,7 +80,9 @@ class DiffCRConfig(_Options):
         longest ago, interleaved over the picture, without a router; ``"score and turn"``: score plus a point for every step of
         age. The last two need ``skip="reuse"``; every token is then refreshed within a bounded number of steps. None: turn with
         reuse, else score.
-    extrapolation: with reuse, the degree in the timestep of the polynomial through a token's last updates: 0, 1 or 2.
+    extrapolation: with reuse, the degree in the timestep of the polynomial through a token's last updates: 0, 1 or 2. A
+        calibration without training measures how far to follow it.
+    memory_dtype: with reuse, of the remembered updates: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the tokens' own.
     gate: how the router's score enters a kept token. ``"exact"``: value one, gradient of log-sigmoid. ``"sigmoid"``: the
         paper's, which multiplies the update and so changes a routed block's values from the start.
     min_flops_share: families of blocks with a smaller share of the model's FLOPs stay dense, in [0, 1].
@@ -87,26 +91,31 @@ class DiffCRConfig(_Options):
         multiplies the timestep by before its sinusoidal embedding.
     """
 
-    num_regions: int = 4
+    num_regions: int = None  # type: ignore[assignment]
     skip: Skip = "identity"
     context: Context = None  # type: ignore[assignment]
     selection: Selection = None  # type: ignore[assignment]
     extrapolation: int = 1
+    memory_dtype: MemoryDtype | None = None
     gate: Gate = "exact"
     min_flops_share: float = 0.02
     timestep_argument: str | None = None
     timestep_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        _check_count("num_regions", self.num_regions)
         _check_choice("skip", self.skip, get_args(Skip))
         reuses = self.skip == "reuse"
+        if self.num_regions is None:
+            object.__setattr__(self, "num_regions", 50 if reuses else 4)
+        _check_count("num_regions", self.num_regions)
         for name, value in (("context", "all" if reuses else "kept"), ("selection", "turn" if reuses else "score")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_choice("context", self.context, get_args(Context))
         _check_choice("selection", self.selection, get_args(Selection))
         _check_choice("extrapolation", self.extrapolation, (0, 1, 2))
+        if self.memory_dtype is not None:
+            _check_choice("memory_dtype", self.memory_dtype, get_args(MemoryDtype))
         if self.selection != "score" and not reuses:
             raise ValueError(
                 f"selection={self.selection!r} counts the steps since a token's last update: it needs skip='reuse'"

@@ -242,7 +242,7 @@ def _memory(block: BlockRouting, call: tuple[Any, Any]) -> int:
     values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
     program = block.program(bound)
     now = torch.zeros(1, device=values[program.plan.stream].device)
-    return allocate(program.plan, values, config.extrapolation, now, now).nbytes
+    return allocate(program.plan, values, config, now, now).nbytes
 
 
 def _num_tokens(block: BlockRouting, call: tuple[Any, Any]) -> int:

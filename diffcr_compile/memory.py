@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .config import DiffCRConfig
 from .plan import BlockPlan
 from .primitives import flat_rows, lay_along
 
@@ -26,13 +27,15 @@ _EPSILON = 1e-12
 class Memory(NamedTuple):
     """updates: for each routed output, newest first, (H, B N, D) in the output's own order of batch and tokens. times: timesteps
     of those updates, float32 (H, B, N). age: forwards since a token was last kept, float32 (B, N). rank: order in which tokens of
-    the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,)."""
+    the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,). trend: share of the extrapolated
+    change that is taken, float32 () in [0, 1]; at 0 the last update is repeated."""
 
     updates: tuple[Tensor, ...]
     times: Tensor
     age: Tensor
     rank: Tensor
     now: Tensor
+    trend: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -40,31 +43,41 @@ class Memory(NamedTuple):
         return sum(tensor.nbytes for tensor in (*self.updates, self.times, self.age))
 
 
-def allocate(plan: BlockPlan, values: list[Any], degree: int, rank: Tensor, now: Tensor) -> Memory:
+def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Tensor, now: Tensor) -> Memory:
     """Empty memory for a block's call with these leaves."""
     stream = values[plan.stream]
     batch, num_tokens = stream.shape[plan.batch_axis], stream.shape[plan.token_axis]
+    num_updates, dtype = config.extrapolation + 1, _memory_dtype(config, stream)
     updates = []
     for output in plan.outputs:
         if output.routed:
             width = int(output.dims[-1])
-            updates.append(stream.new_zeros(degree + 1, batch * num_tokens, width))
-    times = torch.zeros(degree + 1, batch, num_tokens, device=stream.device)
-    return Memory(tuple(updates), times, torch.zeros(batch, num_tokens, device=stream.device), rank, now)
+            updates.append(stream.new_zeros(num_updates, batch * num_tokens, width, dtype=dtype))
+    times = torch.zeros(num_updates, batch, num_tokens, device=stream.device)
+    age, trend = torch.zeros(batch, num_tokens, device=stream.device), torch.ones((), device=stream.device)
+    return Memory(tuple(updates), times, age, rank, now, trend)
+
+
+def _memory_dtype(config: DiffCRConfig, stream: Tensor) -> torch.dtype:
+    return stream.dtype if config.memory_dtype is None else getattr(torch, config.memory_dtype)
 
 
 def blank(plan: BlockPlan, values: list[Any]) -> Memory:
     """Memory that foretells nothing, for a forward outside any trajectory: its skipped tokens bypass the block."""
     num_tokens, device = values[plan.stream].shape[plan.token_axis], values[plan.stream].device
-    return allocate(plan, values, 0, torch.zeros(num_tokens, device=device), torch.zeros(1, device=device))
+    config = DiffCRConfig(skip="reuse", extrapolation=0)
+    return allocate(plan, values, config, torch.zeros(num_tokens, device=device), torch.zeros(1, device=device))
 
 
-def fits(memory: Memory, plan: BlockPlan, values: list[Any]) -> bool:
+def fits(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> bool:
     """Whether memory is of this call's batch, tokens, dtype and device."""
     stream = values[plan.stream]
     held = memory.updates[0]
     shape = (stream.shape[plan.batch_axis], stream.shape[plan.token_axis])
-    return tuple(memory.age.shape) == shape and (held.dtype, held.device) == (stream.dtype, stream.device)
+    return tuple(memory.age.shape) == shape and (held.dtype, held.device) == (
+        _memory_dtype(config, stream),
+        stream.device,
+    )
 
 
 def writable(memory: Memory) -> Memory:
@@ -90,8 +103,9 @@ def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_
     axes = (min(token_axis, batch_axis), max(token_axis, batch_axis))
     rows = (x.shape[axes[0]], x.shape[axes[1]])
     result = x
-    for update, weight in zip(history, _weights(memory.times, memory.now.unsqueeze(-1)), strict=True):
-        update = update.unflatten(0, rows).movedim((0, 1), axes)
+    weights = _weights(memory.times, memory.now.unsqueeze(-1), memory.trend)
+    for update, weight in zip(history, weights, strict=True):
+        update = update.unflatten(0, rows).movedim((0, 1), axes).to(x.dtype)
         result = (
             result + update
             if weight is None
@@ -100,9 +114,9 @@ def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_
     return result
 
 
-def foretell(updates: list[Tensor], times: Tensor, now: Tensor) -> Tensor:
+def foretell(updates: list[Tensor], times: Tensor, now: Tensor, trend: float = 1.0) -> Tensor:
     """What updates (B, N, D), newest first, made at ``times`` (H, B, N) or so, foretell for the timestep ``now`` (1,) or (B,)."""
-    weights = _weights(times, now.unsqueeze(-1))
+    weights = _weights(times, now.unsqueeze(-1), torch.tensor(trend, dtype=times.dtype))
     parts = (
         update if weight is None else weight.unsqueeze(-1) * update
         for update, weight in zip(updates, weights, strict=True)
@@ -110,8 +124,9 @@ def foretell(updates: list[Tensor], times: Tensor, now: Tensor) -> Tensor:
     return torch.stack(list(parts)).sum(dim=0)
 
 
-def _weights(times: Tensor, now: Tensor) -> list[Tensor | None]:
-    """Weight (B, N) of each remembered update: the Newton polynomial through them, at the present timestep.
+def _weights(times: Tensor, now: Tensor, trend: Tensor) -> list[Tensor | None]:
+    """Weight (B, N) of each remembered update: the Newton polynomial through them, at the present timestep, as far as the trend
+    is taken.
 
     A token with fewer different times than the degree asks for takes the polynomial of those that it has.
     """
@@ -128,7 +143,7 @@ def _weights(times: Tensor, now: Tensor) -> list[Tensor | None]:
         bend = _safe_divide(ahead * (ahead + gap), span) * (gap2.abs() > _EPSILON) * (gap.abs() > _EPSILON)
         first, second = _safe_divide(bend, gap), _safe_divide(bend, gap2)
         weights = [weights[0] + first, weights[1] - first - second, second]
-    return list(weights)
+    return [1 + trend * (weights[0] - 1), *(trend * weight for weight in weights[1:])]
 
 
 def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:

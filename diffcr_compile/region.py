@@ -91,6 +91,7 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
         current.trajectory = Trajectory()
     latents = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
     grid = tuple(latents[0].shape[2:]) if latents and latents[0].dtype.is_floating_point else ()
+    current.trajectory.trend = state.trend
     current.trajectory.advance(timestep_value(bound, timestep, model), grid)
 
 

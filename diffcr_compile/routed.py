@@ -178,6 +178,7 @@ class ModelRouting(_Whole):
     routers have been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed
     with. costs: the cost model on the inputs last measured. report: of the calibration that made the table. rebuild: rewrites a
     block's graph for full context where its modules have changed.
+    trend: with reuse, the share of the extrapolated change that is taken.
     outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
     observers: called with each block's name and kept tokens (B, K).
     """
@@ -201,6 +202,7 @@ class ModelRouting(_Whole):
     fingerprint: str = ""
     costs: Any = None
     report: dict[str, Any] | None = None
+    trend: float = 1.0
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
 
     @property
@@ -346,7 +348,7 @@ def prepare(
         _write_context(module, routing, program, bound)  # adapters are put on and taken off between trajectories
     if trajectory is None or not remembers:
         return ratio, None
-    return ratio, trajectory.recall(routing.index, program.plan, values, state.config.extrapolation)
+    return ratio, trajectory.recall(routing.index, program.plan, values, state.config)
 
 
 def prepare_context(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

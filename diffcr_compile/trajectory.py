@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import DiffCRConfig
 from .errors import UnsupportedError
 from .memory import Memory, allocate, fits, writable
 from .plan import BlockPlan
@@ -26,12 +27,13 @@ MAX_SLOTS = 4
 class Trajectory:
     """The trajectory that a thread is on.
 
-    now: the timestep of the forward under way, float32 (1,) or (B,). grid: size of the latents.
-    slot: its place among the calls at that timestep. first:
+    now: the timestep of the forward under way, float32 (1,) or (B,). trend: how far updates are extrapolated. grid: size of the
+    latents. slot: its place among the calls at that timestep. first:
     whether it is the first of its slot, and so dense. memories: by (slot, block).
     """
 
     now: Tensor = field(default_factory=lambda: torch.zeros(1))
+    trend: float = 1.0
     grid: tuple[int, ...] = ()
     slot: int = 0
     first: bool = True
@@ -73,7 +75,7 @@ class Trajectory:
             return direction == -1 or (direction == 1 and self._rose)
         return direction == self._direction
 
-    def recall(self, index: int, plan: BlockPlan, values: list[Any], degree: int) -> tuple[Memory, bool]:
+    def recall(self, index: int, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> tuple[Memory, bool]:
         """Memory of block ``index`` in this slot, made new if it does not fit the call, and whether it is empty."""
         key = (self.slot, index)
         if key in self._recalled:
@@ -84,12 +86,12 @@ class Trajectory:
         self._recalled.add(key)
         memory = self.memories.get(key)
         empty = self.first
-        if memory is None or not fits(memory, plan, values):
+        if memory is None or not fits(memory, plan, values, config):
             stream = values[plan.stream]
             rank = self._rank(stream.shape[plan.token_axis], stream.device)
-            memory, empty = allocate(plan, values, degree, rank, self.now), True
+            memory, empty = allocate(plan, values, config, rank, self.now), True
         memory = self.memories[key] = writable(memory)
-        return memory._replace(now=self.now.to(memory.age.device)), empty
+        return self._at_present(memory), empty
 
     def recall_all(self, indices: list[int], shapes: Any) -> dict[int, tuple[Memory, bool]] | None:
         """Memories of all blocks in this slot, for a graph of the whole model; None where inputs of these shapes have none yet."""
@@ -98,9 +100,11 @@ class Trajectory:
             return None
         memories = {index: writable(self.memories[self.slot, index]) for index in indices}
         self.memories.update({(self.slot, index): held for index, held in memories.items()})
-        return {
-            index: (held._replace(now=self.now.to(held.age.device)), self.first) for index, held in memories.items()
-        }
+        return {index: (self._at_present(held), self.first) for index, held in memories.items()}
+
+    def _at_present(self, memory: Memory) -> Memory:
+        device = memory.age.device
+        return memory._replace(now=self.now.to(device), trend=torch.tensor(self.trend, device=device))
 
     def _rank(self, num_tokens: int, device: torch.device) -> Tensor:
         key = (num_tokens, self.grid, device)

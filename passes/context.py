@@ -203,11 +203,10 @@ class _Writer:
     def _is_beside(self, node: fx.Node) -> bool:
         """Whether a value is the part of a joint sequence without its tokens (the text): cut from the kept rows it is the same, and
         the rows of skipped tokens need not be computed for it."""
-        if node.target is operator.getitem and node.args[0].target in _SPLITS:  # type: ignore[union-attr]
-            whole = node.args[0].args[0]  # type: ignore[union-attr]
-        elif node.target is _aten.slice.Tensor:
-            whole = node.args[0]
-        else:
+        whole: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(whole, fx.Node) and whole.target in _SPLITS:
+            whole = whole.args[0]
+        elif node.target is not _aten.slice.Tensor:
             return False
         dims, joint = self._dims(node), self._dims(whole)
         if dims is None or joint is None or whole in self.asked_full or whole not in self.following:

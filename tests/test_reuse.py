@@ -188,7 +188,7 @@ def test_threads_do_not_share_a_trajectory() -> None:
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: shape.kind)
 def test_lowered_equals_eager(scope: str, shape: Shape) -> None:
     torch._dynamo.reset()
-    model = transformed(shape, skip="reuse", context="all", selection="turn")
+    model = transformed(shape, skip="reuse", context="all", selection="turn", num_regions=4)
     diffcr_compile.set_ratios(model, [[0.2, 0.5], [0.5, 0.5], [0.5, 0.0], [0.2, 0.0]])
     eager = copy.deepcopy(model)
     diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
@@ -338,3 +338,25 @@ def test_a_block_called_twice_in_a_forward_is_refused_by_name() -> None:
     diffcr_compile.set_ratios(model, 0.5)
     with pytest.raises(diffcr_compile.UnsupportedError, match="more than once"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_updates_are_remembered_in_the_dtype_asked_for(dtype: str) -> None:
+    """A skipped token takes its last update to the bit, rounded to that dtype; ``cost`` counts its bytes."""
+    model = transformed(skip="reuse", context="kept", extrapolation=0, memory_dtype=dtype)
+    whole = transformed(skip="reuse", context="kept", extrapolation=0)
+    for one in (model, whole):
+        diffcr_compile.set_ratios(one, 1.0)
+    num_tokens = tiny_inputs(PLAIN)["x"].shape[1]
+    small, large = (diffcr_compile.cost(one).memory_bytes for one in (model, whole))
+    width = PLAIN.heads * PLAIN.head_dim
+    assert large - small == PLAIN.depth * 3 * num_tokens * width * 2
+    updates: dict[str, list[Tensor]] = {}
+    for fqn in routed_fqns(model):
+        model.get_submodule(fqn).register_forward_hook(
+            lambda _, args, output, fqn=fqn: updates.setdefault(fqn, []).append(output - args[0])
+        )
+    sample(model, steps=STEPS[:2])
+    for first, second in updates.values():
+        rounded = first.to(getattr(torch, dtype)).float()
+        assert relative_error(second, rounded) < TOLERANCE < relative_error(second, first)

@@ -166,6 +166,10 @@ def test_the_cost_of_a_loaded_routing_with_reuse(tmp_path: Path) -> None:
 
 def test_training_free_calibration_leaves_the_weights(weights: Path, batches: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    for place, file in enumerate(
+        sorted(batches.iterdir())
+    ):  # as they are while sampling: all samples at one timestep, falling
+        save_file(batch(place) | {"timestep": torch.full((2,), 900 - 300 * place)}, file)
     arguments = ("calibrate", weights, "--batches", batches, "--budget", 0.8, "--output", output)
     report = answer(*arguments, "--options", "skip=reuse")
     assert report["history"] == []

@@ -16,7 +16,14 @@ B, N, D = 2, 5, 3
 def empty(degree: int) -> Memory:
     shape = (degree + 1, B, N)
     rank = torch.arange(N) / N
-    return Memory((torch.zeros(degree + 1, B * N, D),), torch.zeros(shape), torch.zeros(B, N), rank, torch.zeros(1))
+    return Memory(
+        (torch.zeros(degree + 1, B * N, D),),
+        torch.zeros(shape),
+        torch.zeros(B, N),
+        rank,
+        torch.zeros(1),
+        torch.ones(()),
+    )
 
 
 def at(memory: Memory, time: float) -> Memory:

@@ -1,0 +1,193 @@
+"""Without training, with reuse: tables worth trying, and the trial of each on a recorded trajectory.
+
+What every block would suffer by itself (``sensitivity.py``) leaves out that errors of successive blocks cancel where they are of
+one step, and add up where tokens are fresh in one block and stale in the next. So whole tables are run on the inputs that were
+recorded, and what their outputs differ by from the dense ones decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import bind_arguments, positional_names
+from ..cost import CostModel
+from ..errors import CalibrationError
+from ..ratios import SCALE
+from ..region import region_of, timestep_value
+from ..routed import ModelRouting
+from ..table import write_table
+from .objective import output_tensors
+from .snap import Rows, choose_table, use_up
+
+CARRIED = 0.8
+"""What is left in the next step of an error in the sample: errors of successive steps that point one way add up. Tables rank by it
+as by the distance of their samples (digits DiT, 36 tables: rank correlation 0.80 at 20 steps, 0.54 at 50, 0.90 at 8); without it
+(0) that is 0.84, 0.40 and 0.91."""
+
+NUM_DENSE = 2
+"""Steps at the beginning of a trajectory that whole-step tables leave dense: a trend needs two updates."""
+
+MOST_GROUPS = 10
+"""Rows that a table chosen block by block may have: each is a graph to compile."""
+
+TRENDS = (0.0, 1.0)
+"""How far the last updates are extrapolated, tried with each table."""
+
+
+def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> list[int]:
+    """Timestep regions in which the batches lie, in order of their first visit. Raises CalibrationError where the samples of one lie
+    in several: with reuse they take their steps together."""
+    timestep = state.plan.timestep
+    if timestep is None:
+        return [0]
+    names = positional_names(type(model).forward)
+    found: dict[int, None] = {}
+    for place, batch in enumerate(batches):
+        value = timestep_value(bind_arguments(names, (), batch), timestep, model)
+        regions = set(region_of(value, timestep, state.num_regions))
+        if len(regions) > 1:
+            raise CalibrationError(
+                f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the denoiser's "
+                "inputs while it samples, all samples of a batch at one timestep, as diffcr_compile.record collects them."
+            )
+        found.update(dict.fromkeys(regions))
+    return list(found)
+
+
+def propose_tables(
+    suffering: Tensor, visited: Sequence[int], costs: CostModel, budget: float, tolerance: float
+) -> dict[str, Rows]:
+    """Tables within the budget, by name. In all of them the first step visited is dense, as it is in any trajectory.
+
+    suffering: (num_regions, num_blocks, bins). Regions that no step visited have the row of one beside them that one did. Tables
+    that can't reach the budget are left out. Raises BudgetError where none can.
+    """
+    num_regions, num_blocks, _ = suffering.shape
+    nearest = _neighbours(visited, num_regions)
+    weights = torch.bincount(nearest, minlength=len(visited)).double() / num_regions
+
+    def expand(rows: Rows) -> Rows:
+        return [list(rows[int(place)]) for place in nearest]
+
+    def share(rows: Rows) -> float:
+        return costs.share(expand(rows))
+
+    dense, skipped = [0] * num_blocks, [SCALE] * num_blocks
+    worst = int(suffering[list(visited)].mean(dim=(0, 2)).argmax())
+    spared = [0 if block == worst else SCALE for block in range(num_blocks)]
+    needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
+    evenly = torch.ones(len(visited), dtype=torch.float64)
+    late = 0.5 + torch.linspace(0, 1, len(visited), dtype=torch.float64)
+    proposed = {
+        "block by block": _by_blocks(suffering, visited, weights, costs, budget, tolerance),
+        "uniform": _uniform(skipped, len(visited), share, budget),
+        "uniform, one block dense": _uniform(spared, len(visited), share, budget),
+        "whole steps": [skipped if skips else dense for skips in _spread(weights, needed, evenly)],
+        "whole steps, later ones": [skipped if skips else dense for skips in _spread(weights, needed, late)],
+    }
+    return {
+        name: expand(use_up([list(row) for row in rows], share, budget, tolerance))
+        for name, rows in proposed.items()
+        if share(rows) <= budget
+    }
+
+
+def _neighbours(visited: Sequence[int], num_regions: int) -> Tensor:
+    """For each region the place in ``visited`` of the nearest region there, above, below or either way: as gives the steps the most
+    equal parts of the range, whatever end of its interval a sampler takes for a step."""
+    distance = torch.arange(num_regions).unsqueeze(1) - torch.tensor(list(visited))
+    far = num_regions * 2
+    ways = (
+        distance.abs(),
+        torch.where(distance >= 0, distance, far - distance),
+        torch.where(distance <= 0, -distance, far + distance),
+    )
+    places = [way.argmin(dim=1) for way in ways]
+    return min(
+        places, key=lambda place: float(torch.bincount(place, minlength=len(visited)).double().var(correction=0))
+    )
+
+
+def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
+    """Which of the steps visited are skipped whole: at least ``needed`` of their weight, spread evenly by ``density``."""
+    may = torch.ones(len(weights), dtype=torch.float64)
+    may[:NUM_DENSE] = 0
+    density = density * may
+    density = density * needed / max(float((density * weights).sum()), 1e-12)
+    skipped, owed = [], 0.0
+    for weight, rate in zip(weights.tolist(), density.tolist(), strict=True):
+        owed += rate * weight
+        skips = rate > 0 and owed >= weight * (1 - 1e-9)
+        owed -= weight * skips
+        skipped.append(skips)
+    for place in range(len(skipped) - 1, NUM_DENSE - 1, -1):  # what is still owed
+        if owed > 1e-9 and not skipped[place]:
+            skipped[place] = True
+            owed -= float(weights[place])
+    return skipped
+
+
+def _uniform(row: list[int], num_rows: int, share: Callable[[Rows], float], budget: float) -> Rows:
+    """``row`` times the smallest ratio that costs at most the budget, after a dense first step."""
+
+    def at(ratio: int) -> Rows:
+        return [[0] * len(row), *([value * ratio // SCALE for value in row] for _ in range(num_rows - 1))]
+
+    low, high = 0, SCALE
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(at(middle)) <= budget else (middle + 1, high)
+    return at(low)
+
+
+def _by_blocks(
+    suffering: Tensor, visited: Sequence[int], weights: Tensor, costs: CostModel, budget: float, tolerance: float
+) -> Rows:
+    """The table of the visited regions, in a few groups of equal rows, that suffers least; the first step is dense."""
+    first, others = [0], list(range(1, len(visited)))
+    groups = (
+        [group.tolist() for group in torch.tensor(others).tensor_split(min(MOST_GROUPS, len(others)))] if others else []
+    )
+    groups = [first, *groups] if groups else [first]
+    means = torch.stack([suffering[[visited[place] for place in group]].mean(dim=0) for group in groups])
+    if len(groups) > 1:
+        means[0, :, 1:] = float("inf")
+    shares = torch.stack([weights[group].sum() for group in groups])
+    chosen = choose_table(means, costs, budget, tolerance, shares)
+    return [row for group, row in zip(groups, chosen, strict=True) for _ in group]
+
+
+@torch.no_grad()
+def try_table(
+    model: nn.Module,
+    state: ModelRouting,
+    rows: Rows,
+    trend: float,
+    batches: Iterable[dict[str, Any]],
+    targets: Iterable[list[Tensor]],
+) -> float:
+    """Mean squared error of the outputs on recorded steps, in order, as a share of the dense outputs' square; errors of successive
+    steps are added up, ``CARRIED`` each time."""
+    write_table(state, rows)
+    state.trend, state.current.trajectory = trend, None
+    carried: dict[int, list[Tensor]] = {}
+    total, scale = 0.0, 0.0
+    for batch, target in zip(batches, targets, strict=True):
+        outputs = output_tensors(model(**batch))
+        errors = [
+            output.float() - dense.to(output.device).float() for output, dense in zip(outputs, target, strict=True)
+        ]
+        trajectory = state.current.trajectory
+        slot, first = (0, True) if trajectory is None else (trajectory.slot, trajectory.first)
+        before = carried.get(slot)
+        if before is not None and not first and [e.shape for e in before] == [e.shape for e in errors]:
+            errors = [error + CARRIED * past for error, past in zip(errors, before, strict=True)]
+        carried[slot] = errors
+        total += sum(float(error.square().mean()) for error in errors)
+        scale += sum(float(dense.float().square().mean()) for dense in target)
+    state.current.trajectory = None
+    return total / max(scale, 1e-12)

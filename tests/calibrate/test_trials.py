@@ -1,0 +1,164 @@
+"""Tables that are tried without training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffcr_compile.calibration.objective import dense_outputs
+from diffcr_compile.calibration.snap import Rows
+from diffcr_compile.calibration.trials import propose_tables, try_table, visited_regions
+from hand import hand_costs
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Shape, TinyDiT, original, tiny_inputs
+from torch import Tensor
+
+import diffcr_compile
+from diffcr_compile.routed import STATE, ModelRouting
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
+
+PLAIN = Shape("plain", depth=3, heads=1, head_dim=6)
+STEPS = tuple(float(step) for step in range(980, 0, -70))
+TOLERANCE = 0.01
+NAMES = {"block by block", "uniform", "uniform, one block dense", "whole steps", "whole steps, later ones"}
+
+
+def suffering(num_regions: int, num_blocks: int = 3) -> Tensor:
+    """Rising with the ratio; block 1 suffers most."""
+    by_block = torch.tensor([1.0, 5.0, 2.0])[:num_blocks]
+    return (torch.linspace(0, 1, 11).square() * by_block.unsqueeze(-1)).double().expand(num_regions, num_blocks, 11)
+
+
+def trajectory(steps: tuple[float, ...] = STEPS, change: float = 1.0) -> list[dict[str, Tensor]]:
+    batches = []
+    for step in steps:
+        inputs = tiny_inputs(PLAIN, timestep=step)
+        inputs["x"] = inputs["x"] * (1 + change * step / 1000)
+        batches.append(inputs)
+    return batches
+
+
+def reusing(**options: object) -> tuple[TinyDiT, ModelRouting]:
+    model = original(PLAIN)
+    config = diffcr_compile.DiffCRConfig(skip="reuse", **options)  # type: ignore[arg-type]
+    diffcr_compile.transform(model, config, example_inputs=tiny_inputs(PLAIN))
+    return model, model.__dict__[STATE]
+
+
+@given(
+    budget=st.floats(0.4, 0.95),
+    num_steps=st.integers(4, 25),
+    offset=st.integers(0, 1),
+    num_regions=st.sampled_from([25, 50]),
+)
+def test_every_table_meets_the_budget(budget: float, num_steps: int, offset: int, num_regions: int) -> None:
+    """First step dense; every region that no step visited has the row of one beside it that one did."""
+    costs = hand_costs(3, fixed=1_000_000)
+    visited = list(dict.fromkeys((num_steps - 1 - i) * num_regions // num_steps + offset for i in range(num_steps)))
+    visited = [min(region, num_regions - 1) for region in visited]
+    visited = list(dict.fromkeys(visited))
+    tables = propose_tables(suffering(num_regions), visited, costs, budget, TOLERANCE)
+    assert "block by block" in tables
+    assert set(tables) <= NAMES
+    for rows in tables.values():
+        assert costs.share(rows) <= budget + 1e-12
+        assert len(rows) == num_regions
+        assert all(type(ratio) is int and 0 <= ratio <= 1000 for row in rows for ratio in row)
+        assert rows[visited[0]] == [0, 0, 0]
+        for region, row in enumerate(rows):
+            above = next((rows[other] for other in sorted(visited) if other >= region), None)
+            below = next((rows[other] for other in sorted(visited, reverse=True) if other <= region), None)
+            assert row in (above, below)
+
+
+def test_most_of_the_budget_is_used() -> None:
+    costs = hand_costs(3, fixed=1_000_000)
+    for rows in propose_tables(suffering(50), list(range(48, -1, -2)), costs, 0.6, TOLERANCE).values():
+        assert costs.share(rows) >= 0.6 * (1 - TOLERANCE)
+
+
+def test_whole_steps_are_dense_or_skipped_and_the_first_two_are_dense() -> None:
+    costs = hand_costs(3, fixed=1_000_000)
+    visited = list(range(48, -1, -2))
+    rows = propose_tables(suffering(50), visited, costs, 0.6, TOLERANCE)["whole steps"]
+    kinds = [set(rows[region]) for region in visited]
+    assert kinds[:2] == [{0}, {0}]
+    assert sum(kind == {1000} for kind in kinds) >= 8
+    assert sum(kind not in ({0}, {1000}) for kind in kinds) <= 1
+    assert all({0} in kinds[place : place + 3] for place in range(len(kinds) - 2))
+
+
+def test_one_block_that_suffers_most_is_spared() -> None:
+    rows = propose_tables(suffering(10), [9, 6, 3, 0], hand_costs(3), 0.7, TOLERANCE)["uniform, one block dense"]
+    assert all(row[1] == 0 for row in rows)
+    assert any(row[0] > 0 for row in rows)
+
+
+def test_regions_are_listed_as_they_are_visited() -> None:
+    model, state = reusing(num_regions=10)
+    assert visited_regions(model, state, trajectory((950.0, 910.0, 450.0, 50.0))) == [9, 4, 0]
+
+
+def test_samples_at_different_timesteps_are_refused() -> None:
+    model, _ = reusing()
+    batches = trajectory()
+    batches[3]["timestep"] = batches[3]["timestep"] * torch.tensor([1.0, 0.5, 0.1])
+    with pytest.raises(diffcr_compile.CalibrationError, match=r"samples of batch 3 lie in timestep regions \[.*record"):
+        diffcr_compile.calibrate(model, batches, budget=0.6)
+
+
+def errors_of(rows: Rows, trend: float = 1.0, steps: tuple[float, ...] = STEPS) -> float:
+    model, state = reusing(num_regions=10)
+    batches = trajectory(steps)
+    targets = [dense_outputs(model, batch) for batch in batches]
+    return try_table(model, state, rows, trend, batches, targets)
+
+
+def test_the_dense_table_has_no_error_and_more_skipping_has_more() -> None:
+    found = [errors_of([[ratio] * 3] * 10) for ratio in (0, 300, 1000)]
+    assert found[0] == 0 < found[1] < found[2]
+
+
+def test_a_straight_line_is_better_extrapolated() -> None:
+    """In small steps the tokens change in proportion to the timestep, and so nearly do the updates."""
+    rows, steps = [[500] * 3] * 10, tuple(900 - i / 20 for i in range(10))
+    assert errors_of(rows, 1.0, steps) < 0.5 * errors_of(rows, 0.0, steps)
+
+
+def test_the_best_of_what_was_tried_is_taken() -> None:
+    model, state = reusing()
+    report = diffcr_compile.calibrate(model, trajectory(), budget=0.6)
+    assert len(report.trials) == 2 * len(NAMES)
+    best = min(report.trials, key=lambda name: report.trials[name])
+    assert state.trend == float(best.endswith("extrapolated"))
+    batches = trajectory()
+    rows = [[round(float(ratio) * 1000) for ratio in row] for row in report.table]
+    targets = [dense_outputs(model, batch) for batch in batches]
+    assert try_table(model, state, rows, state.trend, batches, targets) == pytest.approx(report.trials[best], rel=1e-5)
+    assert report.share <= 0.6
+    assert f"tried: {best}: error" in str(report)
+    assert type(report).from_dict(report.to_dict()).trials == report.trials
+
+
+def test_a_failed_calibration_leaves_the_extrapolation_as_it_was() -> None:
+    model, state = reusing()
+    state.trend = 0.5
+    batches = trajectory()
+    del batches[5]["timestep"]
+    with pytest.raises(diffcr_compile.DiffCRError):
+        diffcr_compile.calibrate(model, batches, budget=0.6)
+    assert state.trend == 0.5
+    assert not diffcr_compile.ratios(model).any()
+
+
+def test_the_extrapolation_is_saved(tmp_path: object) -> None:
+    model, state = reusing()
+    diffcr_compile.set_ratios(model, 0.5)
+    state.trend = 0.0
+    diffcr_compile.save(model, f"{tmp_path}/routing")
+    other = diffcr_compile.load(original(PLAIN), f"{tmp_path}/routing")
+    assert other.__dict__[STATE].trend == 0.0
+    with torch.no_grad():
+        for batch in trajectory():
+            assert torch.equal(model(**batch), other(**batch))
