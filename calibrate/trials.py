@@ -39,8 +39,10 @@ TRENDS = (0.0, 1.0)
 
 
 def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> list[int]:
-    """Timestep regions in which the batches lie, in order of their first visit. Raises CalibrationError where the samples of one lie
-    in several: with reuse they take their steps together."""
+    """Timestep regions in which the batches lie, in order of their first visit.
+
+    Raises CalibrationError where the samples of one batch lie in several: with reuse they take their steps together.
+    """
     timestep = state.plan.timestep
     if timestep is None:
         return [0]
@@ -51,8 +53,8 @@ def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dic
         regions = set(region_of(value, timestep, state.num_regions))
         if len(regions) > 1:
             raise CalibrationError(
-                f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the denoiser's "
-                "inputs while it samples, all samples of a batch at one timestep, as diffcr_compile.record collects them."
+                f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the "
+                "denoiser's inputs while it samples, all samples of a batch at one timestep, as diffcr_compile.record collects them."
             )
         found.update(dict.fromkeys(regions))
     return list(found)
