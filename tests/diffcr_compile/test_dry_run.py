@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from models import Shape, original, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import nn
 
+import diffcr_compile
 from diffcr_compile import CaptureError
 from diffcr_compile.arguments import map_leaves
 from diffcr_compile.dry_run import describe_inputs, dry_run, shadow
@@ -32,6 +35,64 @@ def test_what_can_not_be_copied_is_named() -> None:
     model.lock = threading.Lock()
     with pytest.raises(CaptureError, match=r"Linear holds something that can't be copied .*lock.* before transform"):
         shadow(model)
+
+
+def wrap_forward(module: nn.Module) -> None:
+    """As offload does: a wrapper of the forward set on the instance, and beside it state that can't be copied; of other files than
+    the module's class."""
+    elsewhere: dict[str, Any] = {"__name__": "elsewhere", "lock": threading.Lock()}
+    exec("class State:\n    def __init__(self): self.lock = lock", elsewhere)
+    exec("def call(forward, *args, **kwargs):\n    raise AssertionError('called in a shadow')", elsewhere)
+    forward = module.forward
+    module.forward = functools.update_wrapper(functools.partial(elsewhere["call"], forward), forward)
+    module.state = elsewhere["State"]()
+
+
+def test_a_shadow_is_without_the_wrappers_of_others() -> None:
+    model, inputs = diffcr_compile.transform(original(SHAPE), example_inputs=tiny_inputs(SHAPE)), tiny_inputs(SHAPE)
+    expected, plain = model(**inputs), original(SHAPE)(**inputs)
+    wrap_forward(model)
+    wrap_forward(model.blocks[0])
+    wrap_forward(model.blocks[0].stream.qkv)
+    wrapper, copy = model.blocks[0].forward, shadow(model)
+    assert torch.equal(copy(**inputs), expected)
+    assert copy.blocks[0].state is None
+    assert model.blocks[0].forward is wrapper
+    assert copy.blocks[0].forward.__self__ is copy.blocks[0]
+    with pytest.warns(UserWarning, match="untrained"):
+        diffcr_compile.set_ratios(copy, 0.5)
+    assert not torch.equal(copy(**inputs), plain), "the routed forward is the one that was wrapped"
+
+
+def test_a_shadow_keeps_a_forward_that_wraps_nothing() -> None:
+    model = original(SHAPE)
+    model.blocks[0].forward = types.MethodType(lambda self, x, *args, **kwargs: x + self.marker, model.blocks[0])
+    model.blocks[0].marker = 1
+    copy = shadow(model)
+    copy.blocks[0].marker = 2
+    assert torch.equal(copy.blocks[0](torch.zeros(2)), torch.full((2,), 2.0))
+
+
+def test_what_a_model_keeps_for_itself_stays_where_its_own_file_wraps_the_forward() -> None:
+    model = original(SHAPE)
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+    type_of = type("Own", (), {"__module__": type(model).__module__})
+    model.own = type_of()
+    assert isinstance(shadow(model).own, type_of)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_fake_tensors_are_all_on_one_device(everywhere: bool) -> None:
+    model, inputs = original(SHAPE), tiny_inputs(SHAPE)
+    expected = [parameter.shape for parameter in model.parameters()]
+    (model if everywhere else model.blocks[0].stream).to("meta")
+    copy = shadow(model)
+    with dry_run(copy, fake=True) as convert:
+        output = copy(**map_leaves(convert, inputs))
+        assert {tensor.device.type for tensor in (output, *copy.parameters())} == {"cpu"}
+    assert [parameter.shape for parameter in copy.parameters()] == expected
+    assert all(parameter.is_meta for parameter in model.blocks[0].stream.parameters())
 
 
 @pytest.mark.parametrize("fake", [True, False])
