@@ -18,10 +18,11 @@ from .arguments import iterate_leaves, map_leaves
 def score_tokens(x: Tensor, weight: Tensor, token_axis: int, batch_axis: int) -> Tensor:
     """Router score of every token: float32 (B, N), the product of the token with the router's vector.
 
-    x: any float dtype, any order of axes, width last. weight: (D,). The product is written out and summed over the width,
-    so that a token's score does not depend on where in the batch it lies, as a matrix product's blocking may make it.
+    x: any float dtype, any order of axes, width last. weight: (D,), on any device (offload leaves it where it is). The product is
+    written out and summed over the width, so that a token's score does not depend on where in the batch it lies, as a matrix
+    product's blocking may make it.
     """
-    scores = (x.float() * weight.float()).sum(-1)
+    scores = (x.float() * weight.to(x.device).float()).sum(-1)
     return scores if batch_axis < token_axis else scores.transpose(0, 1)
 
 

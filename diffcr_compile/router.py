@@ -23,12 +23,24 @@ class Router(nn.Module):
         seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7])
         start = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
         self.weight = nn.Parameter(start.to(dtype=dtype, device=device))
+        vars(self)["_taken"] = self.weight
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves nothing in a state dict."""
+        """Leaves nothing in a state dict. Remembers the vector: who takes a model's weights by its state dict (sequential offload)
+        may leave meta tensors in their place."""
+        if not self.weight.is_meta:
+            vars(self)["_taken"] = self.weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Asks nothing of a state dict."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any module, but a router is never offloaded: it takes no wrapper around its forward, and where one is set that has
+        put the vector on the meta device, the vector comes back."""
+        if name != "forward":
+            super().__setattr__(name, value)
+        elif self.weight.is_meta:
+            self.weight = vars(self)["_taken"]
 
     def forward(self, x: Any) -> Any:
         """The identity: a block that runs all its children in turn (``nn.Sequential``) runs its router too."""

@@ -203,14 +203,18 @@ def test_cost_with_block_hooks(name: str) -> None:
     assert diffcr_compile.cost(model, inputs(name, 2)) == expected
 
 
-@row(
-    7,
-    "sequential offload of every module, after transform",
-    fails=dict.fromkeys(TINY, "accelerate takes weights by the state dict, which leaves routers out (its KeyError)"),
-)
+@row(7, "sequential offload of every module, after transform; taken off again")
 def test_sequential_offload_after(name: str) -> None:
-    expected, model = run(routed(name), inputs(name)), routed(name)
+    expected, cost, model = run(routed(name), inputs(name)), diffcr_compile.cost(routed(name)), routed(name)
+    keys = list(model.state_dict())
     accelerate.cpu_offload(model, CPU)
+    blocks = [model.get_submodule(fqn) for fqn in routed_fqns(model)]
+    assert all(part.is_meta for block in blocks for key, part in block.named_parameters() if "diffcr_router" not in key)
+    assert_routes(name, model)
+    assert_bits(run(model, inputs(name)), expected)
+    assert diffcr_compile.cost(model) == cost
+    assert list(model.state_dict()) == keys
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
     assert_bits(run(model, inputs(name)), expected)
 
 

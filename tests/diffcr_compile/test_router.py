@@ -34,3 +34,19 @@ def test_state_dicts_know_nothing_of_it() -> None:
     assert list(module.state_dict()) == keys
     assert module.load_state_dict(nn.Linear(2, 2).state_dict(), strict=True).missing_keys == []
     assert "diffcr_router.weight" in dict(module.named_parameters())
+
+
+def test_offload_by_the_state_dict_leaves_it_where_it_is() -> None:
+    module = nn.Sequential(make("blocks.0"))
+    router, weight = module[0], module[0].weight
+    assert list(module.state_dict()) == []
+    router._parameters["weight"] = nn.Parameter(weight.detach().to("meta"))
+    router.forward = lambda x: x / 0
+    assert router.weight is weight
+    assert module(1) == 1
+
+
+def test_it_goes_to_the_meta_device_with_its_model() -> None:
+    module = nn.Sequential(make("blocks.0"), nn.Linear(2, 2))
+    module.state_dict()
+    assert all(parameter.is_meta for parameter in module.to("meta").parameters())
