@@ -129,9 +129,11 @@ class Program:
         return tokens.new_zeros(*tokens.shape[:-1], int(output.dims[-1]))
 
     def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
-        """The leaves of a bound call, after a check that the lengths which follow the tokens do so here."""
+        """The leaves of a bound call, after a check that the lengths which follow the tokens do so here; what the caller leaves to
+        be broadcast over the samples is given to each."""
         values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
-        num_tokens = values[self.plan.stream].shape[self.plan.token_axis]
+        stream = values[self.plan.stream]
+        num_tokens, batch = stream.shape[self.plan.token_axis], stream.shape[self.plan.batch_axis]
         for leaf, value in zip(self.plan.leaves, values, strict=True):
             for place, size in enumerate(leaf.dims):
                 if size == "1" and value.shape[place] != 1:
@@ -148,7 +150,14 @@ class Program:
                         f"{num_tokens + others} tokens like the other inputs. When the model was analysed it followed the "
                         "tokens; transform it again with example_inputs of this kind."
                     )
-        return values
+        return [_broadcast(value, leaf.batch_axis, batch) for leaf, value in zip(self.plan.leaves, values, strict=True)]
+
+
+def _broadcast(value: Any, axis: int | None, batch: int) -> Any:
+    """``value`` with an axis of size one, of a larger batch, widened to it."""
+    if axis is None or value.shape[axis] != 1 or batch == 1:
+        return value
+    return value.expand([batch if place == axis else size for place, size in enumerate(value.shape)])
 
 
 class _Whole:

@@ -228,8 +228,13 @@ def _family_key(module: nn.Module, call: Call, *, positions: bool = True) -> Any
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
     settings = tuple((name, type(part).__name__, _settings(part, positions)) for name, part in module.named_modules())
     buffers = tuple((name, _fingerprint(buffer)) for name, buffer in module.named_buffers())
-    leaves = map_leaves(lambda _, leaf: len(leaf.shape) if isinstance(leaf, TensorInfo) else repr(leaf), call.arguments)
+    leaves = map_leaves(lambda _, leaf: _kind_of(leaf), call.arguments)
     return type(module), shapes, settings, buffers, repr(leaves)
+
+
+def _kind_of(leaf: Any) -> object:
+    """What two leaves share that one plan serves: rank, and which axes are of size one (to be broadcast); else the value."""
+    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, TensorInfo) else repr(leaf)
 
 
 _INNER = {"training", "forward", *vars(nn.Module())}

@@ -520,6 +520,12 @@ HONEST = {
         torch.arange(TOKENS).repeat(BATCH, 1),
         follows={"x": 1, "positions": 1},
     ),
+    "token-wise and global modulation": Case(
+        lambda: MixedModulationDenoiser([Modulated() for _ in range(3)]),
+        lambda: token_inputs(0, shift=noise(BATCH, TOKENS, WIDTH, seed=2)),
+        lambda: token_inputs(1, shift=noise(BATCH, TOKENS, WIDTH, seed=3)),
+        follows={"x": 1, "shift": 1},
+    ),
 }
 """Blocks that are what they seem: they must be routed, however the example looks."""
 
@@ -558,11 +564,6 @@ DISHONEST = {
         noise(1, TOKENS, WIDTH, seed=2),
         noise(BATCH, TOKENS, WIDTH, seed=3),
         follows={"x": 1, "shift": 1},
-    ),
-    "token-wise and global modulation": Case(
-        lambda: MixedModulationDenoiser([Modulated() for _ in range(3)]),
-        lambda: token_inputs(0, shift=noise(BATCH, TOKENS, WIDTH, seed=2)),
-        lambda: token_inputs(1, shift=noise(BATCH, TOKENS, WIDTH, seed=3)),
     ),
     "token-wise modulation after a global one": with_side(
         Modulated,

@@ -302,7 +302,6 @@ def test_reuse_beside_guidance_by_skipped_layers() -> None:
     assert [kept.shape[1] for kept in seen.kept["transformer_blocks.1"]] == [16] + [8] * (LONG - 1)
 
 
-@pytest.mark.xfail(strict=True, reason="the plan of a text that the first block broadcasts does not fit the second")
 def test_text_that_is_broadcast_over_the_pictures() -> None:
     options = {**prompts(1), "num_images_per_prompt": 2}
     model = diffcr_compile.transform(copy.deepcopy(original("flux img2img")))

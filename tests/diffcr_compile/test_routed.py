@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from diffcr_compile.passes.program import write_program
 from models import Shape, TinyDiT, original, routed, same_bits, tiny_inputs
 from torch import Tensor
 
 import diffcr_compile
+from diffcr_compile import DiffCRConfig
 from diffcr_compile.routed import ROUTER, STATE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
@@ -121,6 +124,22 @@ def test_other_sizes_than_those_it_was_analysed_with(model: TinyDiT) -> None:
     diffcr_compile.set_ratios(model, 0.5)
     inputs = tiny_inputs(SHAPE, batch=2, num_tokens=29, num_text=3)
     assert run(model, inputs).shape == inputs["x"].shape
+
+
+@pytest.mark.parametrize("lift", ["vmap", "loop"])
+def test_what_is_broadcast_over_the_samples_is_given_to_each(lift: Any) -> None:
+    """One timestep for the whole batch, where there was one for each sample when the model was analysed."""
+    shape = Shape("joint", depth=2, heads=1, head_dim=6)
+    model = routed(shape)
+    for block in model.blocks:
+        (program,) = block.__dict__[STATE].programs.values()
+        plan = replace(program.plan, lift=lift)
+        block.__dict__[STATE].programs = {plan.signature: write_program(plan, DiffCRConfig())}
+    diffcr_compile.set_ratios(model, 0.4)
+    steps = torch.full((3,), 500.0)
+    expected = run(model, {**INPUTS, "timestep": steps})
+    assert same_bits(run(model, {**INPUTS, "timestep": steps[:1]}), expected)
+    assert not same_bits(expected, run(model, {**INPUTS, "timestep": steps / 2}))
 
 
 def test_a_table_that_does_not_follow_the_tokens_is_refused(model: TinyDiT) -> None:
