@@ -52,8 +52,8 @@ class Trajectory:
         self.now = self.now.reshape(len(self.now), -1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
         self.grid = grid
         self._recalled.clear()
-        before, self._values = self._values, tuple(self.now.tolist())
-        direction = _direction(before, self._values)
+        before, values = self._values, tuple(self.now.tolist())
+        direction = _direction(before, values)
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
             self.slot += 1
         elif self._continues(direction):
@@ -62,6 +62,8 @@ class Trajectory:
             self._rose = direction == 1 and self._direction == 0
             self._direction, self.slot = 0, 0
             self._started.clear()
+        if self.slot == 0:  # a step is one of first calls: others at a timestep may have another batch size
+            self._values = values
         self.first = self.slot not in self._started
         self._started.add(self.slot)
 
@@ -119,9 +121,9 @@ class Trajectory:
 
 
 def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> int:
-    """1 or -1 where all timesteps rise or fall, 0 where they are the same, 2 where they do neither."""
+    """1 or -1 where all timesteps rise or fall, 0 where they are the same (of any number of samples), 2 where they do neither."""
     if len(before) != len(after):
-        return 2
+        return 0 if set(before) == set(after) and len(set(after)) == 1 else 2
     signs = {0 if math.isclose(a, b) else (1 if a > b else -1) for a, b in zip(after, before, strict=True)}
     return signs.pop() if len(signs) == 1 else 2
 

@@ -294,7 +294,6 @@ def test_trajectory_begins_below_the_end_of_another() -> None:
     assert torch.equal(draw(name, model, **weak), draw(name, reusing(name, 0.5), **weak))
 
 
-@pytest.mark.xfail(strict=True, reason="a call of another batch size at the same timestep begins a new trajectory")
 def test_reuse_beside_guidance_by_skipped_layers() -> None:
     model = reusing("sd3", 0.5)
     with diffcr_compile.trace(model) as seen:

@@ -63,6 +63,15 @@ def test_another_batch_size_begins_a_new_one() -> None:
     assert trajectory.first
 
 
+def test_calls_of_another_batch_size_at_one_timestep_have_slots_of_their_own() -> None:
+    """As in guidance by skipped layers: two halves in one batch, then one of them again."""
+    trajectory, seen = Trajectory(), []
+    for values in ([9.0, 9.0], [8.0, 8.0], [8.0], [7.0, 7.0], [7.0], [6.0, 6.0]):
+        trajectory.advance(torch.tensor(values), ())
+        seen.append((trajectory.slot, trajectory.first))
+    assert seen == [(0, True), (0, False), (1, True), (0, False), (1, False), (0, False)]
+
+
 def picture(rank: torch.Tensor, share: float, height: int, width: int) -> torch.Tensor:
     return (rank.reshape(height, width) < share).long()
 
