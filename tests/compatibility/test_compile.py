@@ -56,7 +56,8 @@ def layerwise(name: str, *, first: bool = False) -> nn.Module:
     1,
     "fullgraph: three resolutions in one graph, then batch 1 and 2 in one more",
     fails={
-        "flux": "its blocks run under torch.vmap, which can't batch a linear layer over symbolic sizes (torch's RuntimeError)"
+        "flux": "its blocks run under torch.vmap, where torch's linear layer reads symbolic sizes as numbers (its RuntimeError), "
+        "and its CPU attention, which loops over the samples, would fix them"
     },
     slow=LARGE,
 )
