@@ -286,6 +286,16 @@ def test_memory_is_steady_over_regions_mixed_batches_and_tables() -> None:
     assert_steady(cycle, calls=30, cycles=cases(8, 65))
 
 
+@pytest.mark.parametrize("options", [{}, REUSE], ids=["identity", "reuse"])
+def test_memory_is_steady_over_two_thousand_calls(options: dict[str, Any]) -> None:
+    model = model_of(**options)
+
+    def cycle() -> None:
+        sample(model, SHAPE, STEPS[0])
+
+    assert_steady(cycle, calls=5, cycles=400)
+
+
 @pytest.mark.parametrize("context", ["kept", "all"])
 def test_memory_is_steady_over_trajectories_with_reuse(context: str) -> None:
     model = model_of(skip="reuse", context=context)
