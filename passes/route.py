@@ -103,7 +103,7 @@ def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan,
         return rebuild_context(module, fqn, plan, bound, config)
     except Refused as refused:
         raise UnsupportedError(
-            f"{fqn} has changed since it was analysed (adapters, quantisation, processors, dtype), and its graph can't be "
+            f"{fqn} has changed since it was analysed (adapters, quantisation, processors, dtype, offload), and its graph can't be "
             f"rewritten for context='all' any more: {refused}. Restore the model and transform it again, or use context='kept'."
         ) from refused
 

@@ -218,6 +218,17 @@ def test_sequential_offload_after(name: str) -> None:
     assert_bits(run(model, inputs(name)), expected)
 
 
+@row(7, "sequential offload of every module, after transform with full context", models=("pixart",))
+def test_sequential_offload_with_full_context(name: str, record_property: Record) -> None:
+    config = diffcr_compile.DiffCRConfig(context="all")
+    model = diffcr_compile.transform(plain(name), config, example_inputs=inputs(name))
+    diffcr_compile.set_ratios(model, 0.5)
+    accelerate.cpu_offload(model, CPU)
+    message = refused(record_property, run, model, inputs(name))
+    assert "offload" in message
+    assert "use context='kept'" in message
+
+
 CASTING = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
 
 
