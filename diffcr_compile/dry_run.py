@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from .arguments import Path, map_leaves
 from .errors import CaptureError
@@ -58,9 +59,18 @@ def _state_of(wrappers: list[Any], module: nn.Module) -> list[Any]:
     return [value for value in vars(module).values() if type(value).__module__ in files]
 
 
+class _Unfused(TorchFunctionMode):
+    """Changes nothing; but where a mode watches, torch's own layers call their parts instead of the fused operators of their
+    evaluation, in which no attention is seen and no FLOPs are counted."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
-def dry_run(model: nn.Module, *, fake: bool) -> Iterator[Callable[[Path, Any], Any]]:
-    """Context for a forward of a shadow: no gradients, the global generators put back, fake tensors if asked for.
+def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[Callable[[Path, Any], Any]]:
+    """Context for a forward of a shadow: no gradients, the global generators put back, fake tensors if asked for; ``watched``:
+    torch's own layers show their parts, which they else may run fused.
 
     Fake tensors are all on one device, the shadow's too, wherever offload has put the weights (their values may be nowhere).
     Yields the function that turns a leaf of the inputs (real, or a description on the meta device) into one to run with.
@@ -76,7 +86,8 @@ def dry_run(model: nn.Module, *, fake: bool) -> Iterator[Callable[[Path, Any], A
             return mode.from_tensor(leaf) if leaf.device == device else torch.empty_like(leaf, device=device)
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if leaf.is_meta and devices else leaf
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext():
+    unfused = _Unfused() if watched else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext(), unfused:
         if fake:
             _gather_on(device, model)
         yield convert

@@ -7,6 +7,7 @@ allows it (no memory, no compute, no values), else for real. Nothing is left beh
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -47,10 +48,12 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
             errors.append(f"{type(error).__name__}: {error}")
             log.info("capture under %s failed: %s", "fake tensors" if fake else "real tensors", errors[-1])
             continue
-        axes = _find_batch_axes(analysis.model, inputs, run.output, fake=fake)
+        axes, called = _find_batch_axes(analysis.model, inputs, run.output, fake=fake)
+        if called is None:
+            called = _call_unwatched(analysis.model, inputs, fake=fake)
         return replace(
             analysis,
-            calls={fqn: tuple(calls) for fqn, calls in run.calls.items()},
+            calls={fqn: tuple(calls) for fqn, calls in run.calls.items() if fqn in called},
             module_flops=run.flops,
             timestep_reach=tuple(run.tracker.reached.items()),
             input_batch_axes=axes[0],
@@ -158,26 +161,58 @@ def _enlarge(inputs: dict[str, Any], axes: dict[Path, int]) -> dict[str, Any]:
 
 def _find_batch_axes(
     model: nn.Module, inputs: dict[str, Any], output: Any, *, fake: bool
-) -> tuple[dict[Path, int], tuple[int, ...]]:
-    """Batch axis of each input leaf and of each output tensor, proved by a run with one more sample.
+) -> tuple[tuple[dict[Path, int], tuple[int, ...]], set[str] | None]:
+    """Batch axis of each input leaf and of each output tensor, proved by a run with one more sample; and which modules that run,
+    in which nobody watched, has called.
 
     Empty where the proof fails: a batch whose samples lie in different timestep regions can't be split then.
     """
     batch = _batch(inputs)
     axes = {path: 0 for path, leaf in iterate_leaves(inputs) if _leads(leaf, batch)}
-    run = _Run(shadow(model), _enlarge(inputs, axes), fake=fake)
     try:
-        run.execute()
+        called, enlarged = _run_unwatched(shadow(model), _enlarge(inputs, axes), fake=fake)
     except Exception as error:
         log.info("batch axes of the model's inputs not proved: %s: %s", type(error).__name__, error)
-        return {}, ()
+        return ({}, ()), None
     out_axes = []
-    for before, after in zip(_output_tensors(output), _output_tensors(run.output), strict=True):
+    for before, after in zip(_output_tensors(output), _output_tensors(enlarged), strict=True):
         grown = [axis for axis, size in enumerate(after.shape) if size != before.shape[axis]]
         if len(grown) != 1 or after.shape[grown[0]] != batch + 1:
-            return {}, ()
+            return ({}, ()), called
         out_axes.append(grown[0])
-    return axes, tuple(out_axes)
+    return (axes, tuple(out_axes)), called
+
+
+def _call_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> set[str]:
+    """Which modules a run calls in which nobody watches; real where it does not go under fake tensors."""
+    try:
+        return _run_unwatched(shadow(model), inputs, fake=fake)[0]
+    except Exception:
+        if not fake:
+            raise
+        return _run_unwatched(shadow(model), inputs, fake=False)[0]
+
+
+def _run_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> tuple[set[str], Any]:
+    """The modules that are called without hooks and modes, and the output. A layer of torch's may run its parts fused then: what
+    is not called can't be routed."""
+    called = {""}
+
+    def note(fqn: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            called.add(fqn)
+            return forward(*args, **kwargs)
+
+        return noted
+
+    for fqn, module in model.named_modules():
+        if fqn and "forward" not in vars(module):
+            module.forward = note(fqn, module.forward)  # type: ignore[method-assign]
+        else:
+            called.add(fqn)
+    with dry_run(model, fake=fake, watched=False) as convert:
+        return called, model(**map_leaves(convert, inputs))
 
 
 def _output_tensors(output: Any) -> list[Tensor]:

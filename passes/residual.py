@@ -16,10 +16,13 @@ _MOVES = {
     "movedim", "stack",
 }  # fmt: skip
 """Operators that move values, or keep them where nothing overflows (clamping in half precision)."""
+_NORMS = {"layer_norm", "native_layer_norm", "rms_norm"}
+"""Norms over the width: where one is taken of a sum (``x = norm(x + f(x))``, a layer that is normed last), the stream goes on
+through it."""
 
 
 def residual_sources(output: fx.Node) -> set[fx.Node]:
-    """Placeholders that reach ``output`` through sums and moves alone."""
+    """Placeholders that reach ``output`` through sums, norms of sums, and moves alone."""
     sources, seen, stack = set(), set(), [output]
     while stack:
         node = stack.pop()
@@ -37,7 +40,7 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
     name = operator_name(node.target)
     if name in _SUMS:
         operands = node.args[: _SUMS[name]]
-    elif is_move(name) or (name in ("mul", "div") and node.args[1] == 1.0):
+    elif is_move(name) or _is_nothing(name, node) or _is_normed_sum(name, node):
         operands = node.args[:1]
     else:
         operands = ()
@@ -46,6 +49,15 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
             yield operand
         elif isinstance(operand, list | tuple):
             yield from (item for item in operand if isinstance(item, fx.Node))
+
+
+def _is_nothing(name: str, node: fx.Node) -> bool:
+    return name in ("mul", "div") and node.args[1] == 1.0
+
+
+def _is_normed_sum(name: str, node: fx.Node) -> bool:
+    value = node.args[0] if name in _NORMS else None
+    return isinstance(value, fx.Node) and value.op == "call_function" and operator_name(value.target) in _SUMS
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

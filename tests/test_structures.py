@@ -232,6 +232,21 @@ class SequenceFirstDenoiser(Denoiser):
         return super().run(x.transpose(0, 1).contiguous(), cond).transpose(0, 1)
 
 
+class TorchDenoiser(Denoiser):
+    """Torch's own layers, in evaluation one fused operator each, in which no part of theirs is called."""
+
+    def __init__(self, *, norm_first: bool) -> None:
+        super().__init__(
+            lambda: nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True, norm_first=norm_first)
+        )
+
+    def run(self, x: Tensor, cond: Tensor) -> Tensor:
+        x = x + cond[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class SharedDenoiser(Denoiser):
     """One block, three times (ALBERT)."""
 
@@ -377,6 +392,8 @@ STRUCTURES = {
     "sequence first": Structure(
         lambda: SequenceFirstDenoiser(SequenceFirstBlock), follows={"x": 0}, batch_axes={"x": 1}
     ),
+    "torch's own": Structure(lambda: TorchDenoiser(norm_first=True), follows={"src": 1}),
+    "torch's own, normed last": Structure(lambda: TorchDenoiser(norm_first=False), follows={"src": 1}),
     "shared weights": Structure(SharedDenoiser, routed=("block",), calls_per_block=3),
     "per-token timesteps": Structure(
         lambda: PerTokenDenoiser(PerTokenBlock), follows={"x": 1, "cond": 1}, inputs=per_token_inputs

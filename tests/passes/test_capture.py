@@ -102,3 +102,31 @@ def test_what_the_model_refuses_is_told() -> None:
         "model(**example_inputs)",
     ):
         assert part in message
+
+
+class Shy(nn.Module):
+    """Calls its part only where somebody watches, as torch's fused layers do."""
+
+    def __init__(self, hooks: bool) -> None:
+        super().__init__()
+        self.part, self.hooks = nn.Linear(4, 4), hooks
+
+    def forward(self, x: Tensor) -> Tensor:
+        watched = self.part._forward_hooks if self.hooks else torch.overrides.has_torch_function((x,))
+        return self.part(x) if watched else nn.functional.linear(x, self.part.weight, self.part.bias)
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_what_is_called_only_where_somebody_watches_is_no_candidate(hooks: bool) -> None:
+    assert list(capture(Shy(hooks), {"x": torch.randn(3, 5, 4)}).calls) == [""]
+
+
+class ShyOfTwo(Shy):
+    """Its batch axes can't be proved: it takes two samples alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(2, 5, 4))
+
+
+def test_nor_where_the_batch_is_fixed() -> None:
+    assert list(capture(ShyOfTwo(True), {"x": torch.randn(2, 5, 4)}).calls) == [""]

@@ -53,9 +53,22 @@ def times_one(x: Tensor) -> Tensor:
     return (x + x.sin()) * 1.0
 
 
+def normed_last(x: Tensor) -> Tensor:
+    return torch.layer_norm(torch.layer_norm(x + x.sin(), (4,)).relu() + torch.layer_norm(x + x.sin(), (4,)), (4,))
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [(chain, "x"), (in_place, "x"), (moved, "x"), (both, "xy"), (gated, "x"), (difference, "x"), (times_one, "x")],
+    [
+        (chain, "x"),
+        (in_place, "x"),
+        (moved, "x"),
+        (both, "xy"),
+        (gated, "x"),
+        (difference, "x"),
+        (times_one, "x"),
+        (normed_last, "x"),
+    ],
 )
 def test_joins_are_followed(function: Callable[..., Any], expected: str) -> None:
     assert sources(function) == set(expected)
@@ -73,11 +86,16 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return x * y
 
 
-def normed(x: Tensor) -> Tensor:
+def spread(x: Tensor) -> Tensor:
     return (x + x.sin()).softmax(-1)
 
 
-@pytest.mark.parametrize("function", [scaled, mixed, product, normed])
+def normed_first(x: Tensor) -> Tensor:
+    y = torch.layer_norm(x, (4,))
+    return y + y.sin()
+
+
+@pytest.mark.parametrize("function", [scaled, mixed, product, spread, normed_first])
 def test_what_changes_a_value_is_no_join(function: Callable[..., Any]) -> None:
     """A skipped token must leave as it came."""
     assert sources(function) == set()
