@@ -69,8 +69,8 @@ class _Unfused(TorchFunctionMode):
 
 @contextlib.contextmanager
 def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[Callable[[Path, Any], Any]]:
-    """Context for a forward of a shadow: no gradients, the global generators put back, fake tensors if asked for; ``watched``:
-    torch's own layers show their parts, which they else may run fused.
+    """Context for a forward of a shadow: no gradients, the global generators put back, fake tensors if asked for, nothing compiled
+    (flex attention compiles itself); ``watched``: torch's own layers show their parts, which they else may run fused.
 
     Fake tensors are all on one device, the shadow's too, wherever offload has put the weights (their values may be nowhere).
     Yields the function that turns a leaf of the inputs (real, or a description on the meta device) into one to run with.
@@ -87,7 +87,8 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if leaf.is_meta and devices else leaf
 
     unfused = _Unfused() if watched else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext(), unfused:
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext(), unfused:
         if fake:
             _gather_on(device, model)
         yield convert

@@ -29,9 +29,25 @@ class _NoModules:
         """Nothing to take down."""
 
 
+class _Counter(FlopCounterMode):
+    """Torch's counter stops at higher-order operators; this one goes through those that it has a formula for (flex attention)."""
+
+    def __enter__(self) -> _Counter:
+        super().__enter__()
+        refuse = self.mode._handle_higher_order_ops
+
+        def count(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            if func not in self.flop_registry:
+                return refuse(func, types, args, kwargs)
+            return self._count_flops(func, func(*args, **kwargs), args, kwargs)
+
+        self.mode._handle_higher_order_ops = count
+        return self
+
+
 def count_flops() -> FlopCounterMode:
-    """A quiet FLOP counter (a context manager; ``get_total_flops()``) that knows every SDPA operator of this torch."""
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    """A quiet FLOP counter (a context manager; ``get_total_flops()``) that knows every form of attention of this torch."""
+    counter = _Counter(display=False, custom_mapping=ATTENTION_FLOPS)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
 

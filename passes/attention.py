@@ -14,7 +14,6 @@ import sympy
 import torch
 from torch import fx
 
-from ..plan import BlockPlan
 from .analysis import Refused
 from .block import BlockAnalysis
 
@@ -26,10 +25,9 @@ _PRODUCTS = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.defaul
 def find_attention(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``attention`` (its form) and ``token_symbols`` (symbols in the queries' lengths)."""
     found = list(_attentions(block))
-    if not found and block.beside is not None:
-        return replace(
-            block, attention="none: each token for itself", token_symbols=_symbols_beside(block, block.beside)
-        )
+    if not found and block.layout is not None:
+        symbols = _symbols_at(block, *block.layout)
+        return replace(block, attention="none: each token for itself", token_symbols=symbols)
     if not found:
         raise Refused("no attention in its graph")
     symbols = frozenset(symbol for _, length in found for symbol in length.free_symbols)
@@ -40,11 +38,9 @@ def find_attention(block: BlockAnalysis) -> BlockAnalysis:
     return replace(block, attention=found[0][0], token_symbols=symbols)
 
 
-def _symbols_beside(block: BlockAnalysis, beside: BlockPlan) -> frozenset[sympy.Symbol]:
-    """Without attention nothing tells tokens from samples: they lie as in the attention branch of the same caller."""
-    rank = len(beside.leaves[beside.stream].dims)
-    streams = [dims for dims in block.leaf_dims if len(dims) == rank]
-    return frozenset(symbol for dims in streams for symbol in dims[beside.token_axis].free_symbols)
+def _symbols_at(block: BlockAnalysis, rank: int, axis: int) -> frozenset[sympy.Symbol]:
+    """Without attention nothing tells tokens from samples: what was called before it, or one more sample, has told."""
+    return frozenset(symbol for dims in block.leaf_dims if len(dims) == rank for symbol in dims[axis].free_symbols)
 
 
 def _attentions(block: BlockAnalysis) -> Iterator[tuple[str, sympy.Expr]]:

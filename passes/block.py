@@ -33,7 +33,7 @@ class BlockAnalysis:
     taken from. token and batch: the symbols of the routed
     tokens' length and of the batch size. is_branch: its caller adds what it returns, as proved in the caller's graph.
     fixed_batch: the batch size of the captured call, where the block's code counts to it (a loop over samples) and export
-    fixed it. beside: the attention branch of the same caller, where this one attends to nothing (a feed-forward).
+    fixed it. layout: rank and token axis of its token input, where this one attends to nothing (a feed-forward).
     """
 
     module: nn.Module
@@ -52,7 +52,7 @@ class BlockAnalysis:
     leaves: tuple[LeafPlan, ...] = ()
     outputs: tuple[OutputPlan, ...] = ()
     is_branch: bool = False
-    beside: BlockPlan | None = None
+    layout: tuple[int, int] | None = None
     fixed_batch: int | None = None
     plan: BlockPlan | None = None
     program: ExportedProgram | None = None

@@ -18,11 +18,13 @@ from .attention import find_attention
 from .block import BlockAnalysis
 from .branches import prove_added
 from .context import prove_context
-from .export import export_block
+from .export import export_block, trace_around
 from .tokens import find_stream, plan_leaves
 from .verify import prove_block
 
 BLOCK_PASSES = (export_block, find_attention, find_stream, plan_leaves, prove_block, prove_context)
+
+_FILTERED = "left out by filter_fn"
 
 _CONTAINER_SHARE = 0.9
 """A module whose repeated parts hold this share of its parameters is a stack of blocks, not a block."""
@@ -84,16 +86,22 @@ class _Search:
                 self._forget(fqn)
 
     def visit_feed_forwards(self) -> None:
-        """Try what stands beside a routed attention branch and attends to nothing: its tokens may be left out alike."""
+        """Try what attends to nothing, beside a routed attention branch or in a block that can't be routed: its tokens may be
+        left out alike."""
         beside = {self._caller(site.fqn): plan for site in self.sites if (plan := self.families[site.family]).is_branch}
+        refused = {fqn for (_, reason), fqns in self._refused.items() for fqn in fqns if reason != _FILTERED}
         for fqn, calls in self.analysis.calls.items():
             related = any(
                 _contains(site.fqn, fqn) or _contains(fqn, site.fqn) or site.fqn == fqn for site in self.sites
             )
-            sibling = beside.get(self._caller(fqn)) if fqn else None
-            if sibling is None or related or calls[0].attends or not self.analysis.module_flops.get(fqn):
+            if not fqn or related or calls[0].attends or not self.analysis.module_flops.get(fqn):
                 continue
-            if self._answers(calls[0]) and self._try(self._modules[fqn], fqn, as_branch=True, beside=sibling):
+            caller, layout = self._caller(fqn), None
+            if (plan := beside.get(caller)) is not None and self._answers(calls[0]):
+                layout = len(plan.leaves[plan.stream].dims), plan.token_axis
+            elif caller in refused:
+                layout = self._layout(fqn, caller)
+            if layout is not None and self._try(self._modules[fqn], fqn, as_branch=True, layout=layout):
                 self._forget(fqn)
 
     def refusals(self) -> Iterator[Refusal]:
@@ -112,8 +120,18 @@ class _Search:
 
     def _answers(self, call: Call) -> bool:
         """Whether a module takes and returns a float tensor of the same shape."""
-        inputs = {leaf.shape for _, leaf in iterate_leaves(call.arguments) if _is_stream(leaf)}
-        return any(_is_stream(leaf) and leaf.shape in inputs for _, leaf in iterate_leaves(call.output))
+        return bool(_streams(call))
+
+    def _layout(self, fqn: str, caller: str) -> tuple[int, int] | None:
+        """Rank and token axis of what a part takes, where it answers the tokens (B, N, D) or (N, B, D) of its caller and one more
+        sample has told which axis is the batch."""
+        call, around = self.analysis.calls[fqn][0], self.analysis.calls[caller][0]
+        known, streams = self.analysis.batch_axes.get(fqn, {}), _streams(around) & _streams(call)
+        if any(True for _ in self._modules[fqn].children()) and len(streams) == 1:
+            for path, leaf in iterate_leaves(call.arguments):
+                if _is_stream(leaf) and leaf.shape in streams and len(leaf.shape) == 3 and known.get(path) in (0, 1):
+                    return 3, 1 - known[path]
+        return None
 
     def _is_stack(self, module: nn.Module) -> bool:
         """Whether nearly all of the module lies in several parts of one class that might be blocks themselves."""
@@ -127,17 +145,19 @@ class _Search:
             for group in parts.values()
         )
 
-    def _try(self, module: nn.Module, fqn: str, *, as_branch: bool = False, beside: BlockPlan | None = None) -> bool:
+    def _try(
+        self, module: nn.Module, fqn: str, *, as_branch: bool = False, layout: tuple[int, int] | None = None
+    ) -> bool:
         """Whether the module's family can be routed; the site, or the refusal as a block, is noted."""
         if not self.analysis.filter_fn(module, fqn):
             if not as_branch:
-                self._refuse(module, fqn, "left out by filter_fn")
+                self._refuse(module, fqn, _FILTERED)
             return False
         caller = self._caller(fqn) if as_branch else None
         for call in self.analysis.calls[fqn]:
             key = (_family_key(module, call), None if caller is None else self._key_in_caller(fqn, caller))
             if key not in self._verdicts:
-                self._verdicts[key] = self._analyse(module, fqn, call, caller, beside)
+                self._verdicts[key] = self._analyse(module, fqn, call, caller, layout)
             verdict = self._verdicts[key]
             if isinstance(verdict, str):
                 if not as_branch:
@@ -147,7 +167,7 @@ class _Search:
         return True
 
     def _analyse(
-        self, module: nn.Module, fqn: str, call: Call, caller: str | None, beside: BlockPlan | None
+        self, module: nn.Module, fqn: str, call: Call, caller: str | None, layout: tuple[int, int] | None
     ) -> int | str:
         """Index of the new family, or the reason why there is none. ``caller``: who must add it, for a branch."""
         alike = (
@@ -161,7 +181,7 @@ class _Search:
                 return family
             except Refused:
                 log.info("%s is not like its neighbours, though only its place in the stack differs", fqn)
-        block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None, beside=beside)
+        block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None, layout=layout)
         try:
             if caller is not None:
                 prove_added(self._graph_of(caller), fqn.removeprefix(f"{caller}."))
@@ -192,14 +212,28 @@ class _Search:
         module, call = self._modules[caller], self.analysis.calls[caller][0]
         key = _family_key(module, call)
         if key not in self._graphs:
+            block = BlockAnalysis(module, caller, call, self.analysis.config)
             try:
-                self._graphs[key] = export_block(BlockAnalysis(module, caller, call, self.analysis.config)).graph
+                self._graphs[key] = export_block(block).graph
             except Refused as refused:
-                self._graphs[key] = refused
+                self._graphs[key] = self._trace_around_attention(block) or refused
         graph = self._graphs[key]
         if isinstance(graph, Refused):
             raise graph
         return graph
+
+    def _trace_around_attention(self, block: BlockAnalysis) -> fx.Graph | None:
+        """The graph of a caller that can't be exported, with its attending parts taken for what they return."""
+        parts = {
+            fqn.removeprefix(f"{block.fqn}."): calls
+            for fqn, calls in self.analysis.calls.items()
+            if self._caller(fqn) == block.fqn != fqn and calls[0].attends
+        }
+        try:
+            return trace_around(block, parts) if parts else None
+        except Refused as refused:
+            log.info("%s around its attention: %s", block.fqn, refused)
+            return None
 
     def _refuse(self, module: nn.Module, fqn: str, reason: str) -> None:
         self._refused.setdefault((type(module).__name__, reason), []).append(fqn)
@@ -218,6 +252,14 @@ def _is_stream(leaf: Any) -> bool:
     return isinstance(leaf, TensorInfo) and len(leaf.shape) >= 2 and leaf.dtype.is_floating_point
 
 
+def _streams(call: Call) -> set[tuple[int, ...]]:
+    """Shapes of the float tensors that a call takes and returns."""
+    taken, returned = (
+        {leaf.shape for _, leaf in iterate_leaves(side) if _is_stream(leaf)} for side in (call.arguments, call.output)
+    )
+    return taken & returned
+
+
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -234,7 +276,7 @@ def _family_key(module: nn.Module, call: Call, *, positions: bool = True) -> Any
 
 def _kind_of(leaf: Any) -> object:
     """What two leaves share that one plan serves: rank, and which axes are of size one (to be broadcast); else the value."""
-    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, TensorInfo) else repr(leaf)
+    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, TensorInfo) else _setting(leaf)
 
 
 _INNER = {"training", "forward", *vars(nn.Module())}

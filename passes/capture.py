@@ -26,7 +26,8 @@ from .timestep import SinusoidTracker
 
 
 def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
-    """Fill in ``calls``, ``module_flops``, ``timestep_reach`` and the batch axes of the model's inputs and outputs.
+    """Fill in ``calls``, ``module_flops``, ``timestep_reach`` and the batch axes of the model's inputs and outputs, and of its
+    modules' inputs.
 
     A batch of one is doubled first, where the model takes it: it would bake a size of one into every graph and hide the batch axis.
     Raises CaptureError where the model refuses its inputs.
@@ -48,12 +49,13 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
             errors.append(f"{type(error).__name__}: {error}")
             log.info("capture under %s failed: %s", "fake tensors" if fake else "real tensors", errors[-1])
             continue
-        axes, called = _find_batch_axes(analysis.model, inputs, run.output, fake=fake)
-        if called is None:
-            called = _call_unwatched(analysis.model, inputs, fake=fake)
+        axes, enlarged = _find_batch_axes(analysis.model, inputs, run.output, fake=fake)
+        called = _call_unwatched(analysis.model, inputs, fake=fake) if enlarged is None else enlarged
+        calls = {fqn: tuple(calls) for fqn, calls in run.calls.items() if fqn in called}
         return replace(
             analysis,
-            calls={fqn: tuple(calls) for fqn, calls in run.calls.items() if fqn in called},
+            calls=calls,
+            batch_axes={} if enlarged is None else {fqn: _grown(calls[fqn][0], enlarged[fqn]) for fqn in calls},
             module_flops=run.flops,
             timestep_reach=tuple(run.tracker.reached.items()),
             input_batch_axes=axes[0],
@@ -137,11 +139,24 @@ def _double_single_batch(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batch(inputs: dict[str, Any]) -> int:
-    """Batch size of a call: the leading size of its first floating tensor of rank three or more, else of its first tensor."""
+    """Batch size of a call: the length of its first input where that is a list of samples, else the leading size of its first
+    floating tensor of rank three or more, else of its first tensor."""
+    if _lists_samples(inputs):
+        return len(next(iter(inputs.values())))
     tensors = [leaf for _, leaf in iterate_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
     large = [leaf for leaf in tensors if leaf.ndim >= 3 and leaf.dtype.is_floating_point]
     chosen = next(iter(large or tensors), None)
     return 0 if chosen is None else chosen.shape[0]
+
+
+def _lists_samples(inputs: dict[str, Any]) -> bool:
+    """Whether the first input, the noise, is a list with a tensor for each sample."""
+    first = next(iter(inputs.values()), None)
+    return isinstance(first, list) and bool(first) and all(_is_image(item) for item in first)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 3 and value.dtype.is_floating_point
 
 
 def _leads(leaf: Any, size: int) -> bool:
@@ -149,7 +164,11 @@ def _leads(leaf: Any, size: int) -> bool:
 
 
 def _enlarge(inputs: dict[str, Any], axes: dict[Path, int]) -> dict[str, Any]:
-    """``inputs`` with one more sample (a copy of the first) along the axis given for each leaf."""
+    """``inputs`` with one more sample (a copy of the first) along the axis given for each leaf, and in every list of samples."""
+    if _lists_samples(inputs):
+        batch = _batch(inputs)
+        inputs = {name: _longer(value, batch) for name, value in inputs.items()}
+        axes = {path: axis for path, axis in axes.items() if len(path) == 1}
 
     def one(path: Path, leaf: Any) -> Any:
         if path not in axes:
@@ -159,11 +178,20 @@ def _enlarge(inputs: dict[str, Any], axes: dict[Path, int]) -> dict[str, Any]:
     return map_leaves(one, inputs)
 
 
+def _longer(value: Any, batch: int) -> Any:
+    return [*value, value[0]] if isinstance(value, list) and len(value) == batch else value
+
+
+_BatchAxes = tuple[dict[Path, int], tuple[int, ...]]
+_Called = dict[str, dict[Path, tuple[int, ...]]]
+"""The modules that a run called, with the shapes of what they were first called with."""
+
+
 def _find_batch_axes(
     model: nn.Module, inputs: dict[str, Any], output: Any, *, fake: bool
-) -> tuple[tuple[dict[Path, int], tuple[int, ...]], set[str] | None]:
-    """Batch axis of each input leaf and of each output tensor, proved by a run with one more sample; and which modules that run,
-    in which nobody watched, has called.
+) -> tuple[_BatchAxes, _Called | None]:
+    """Batch axis of each input leaf and of each output tensor, proved by a run with one more sample; and what that run, in which
+    nobody watched, has called.
 
     Empty where the proof fails: a batch whose samples lie in different timestep regions can't be split then.
     """
@@ -174,6 +202,8 @@ def _find_batch_axes(
     except Exception as error:
         log.info("batch axes of the model's inputs not proved: %s: %s", type(error).__name__, error)
         return ({}, ()), None
+    if _lists_samples(inputs):
+        return ({}, ()), called
     out_axes = []
     for before, after in zip(_output_tensors(output), _output_tensors(enlarged), strict=True):
         grown = [axis for axis, size in enumerate(after.shape) if size != before.shape[axis]]
@@ -183,7 +213,18 @@ def _find_batch_axes(
     return (axes, tuple(out_axes)), called
 
 
-def _call_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> set[str]:
+def _grown(call: Call, enlarged: dict[Path, tuple[int, ...]]) -> dict[Path, int]:
+    """The one axis of each tensor of a call that was longer with one more sample."""
+    axes = {}
+    for path, leaf in iterate_leaves(call.arguments):
+        if isinstance(leaf, TensorInfo) and len(enlarged.get(path, ())) == len(leaf.shape):
+            grown = [axis for axis, size in enumerate(enlarged[path]) if size != leaf.shape[axis]]
+            if len(grown) == 1:
+                axes[path] = grown[0]
+    return axes
+
+
+def _call_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> _Called:
     """Which modules a run calls in which nobody watches; real where it does not go under fake tensors."""
     try:
         return _run_unwatched(shadow(model), inputs, fake=fake)[0]
@@ -193,24 +234,26 @@ def _call_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> 
         return _run_unwatched(shadow(model), inputs, fake=False)[0]
 
 
-def _run_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> tuple[set[str], Any]:
+def _run_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> tuple[_Called, Any]:
     """The modules that are called without hooks and modes, and the output. A layer of torch's may run its parts fused then: what
     is not called can't be routed."""
-    called = {""}
+    called: _Called = {"": {}}
 
-    def note(fqn: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def note(fqn: str, forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            called.add(fqn)
+            leaves = iterate_leaves(bind_arguments(names, args, kwargs))
+            called.setdefault(fqn, {path: tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, Tensor)})
             return forward(*args, **kwargs)
 
         return noted
 
     for fqn, module in model.named_modules():
         if fqn and "forward" not in vars(module):
-            module.forward = note(fqn, module.forward)  # type: ignore[method-assign]
+            names = positional_names(type(module).forward)
+            module.forward = note(fqn, module.forward, names)  # type: ignore[method-assign]
         else:
-            called.add(fqn)
+            called[fqn] = {}
     with dry_run(model, fake=fake, watched=False) as convert:
         return called, model(**map_leaves(convert, inputs))
 

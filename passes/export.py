@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..arguments import map_leaves, positional_names, unbind_arguments
+from ..arguments import iterate_leaves, map_leaves, positional_names, unbind_arguments
 from ..routed import STATE
-from .analysis import Refused, TensorInfo
+from .analysis import Call, Refused, TensorInfo
 from .block import BlockAnalysis
 
 
@@ -46,14 +47,8 @@ class _FlatCall(nn.Module):
 
 def export_block(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``graph``, its inputs, outputs and their shapes. Refuses what torch.export can't take, with its reason."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*block.module.parameters(), *block.module.buffers())}
-    device = next((tensor.device for tensor in block.module.parameters()), torch.device("cpu"))
-    infos = [leaf for _, leaf in block.call_leaves if isinstance(leaf, TensorInfo)]
-    tensors = tuple(_example(info, device) for info in infos)
+    flat, tensors = _FlatCall(_duplicate(block), block.call.arguments), _examples(block)
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
-    duplicate = copy.deepcopy(block.module, memo).eval()
-    vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
-    flat = _FlatCall(duplicate, block.call.arguments)
     errors: list[Exception] = []
     # Some blocks go by values in evaluation alone; what the graph of training suggests is proved on the real one anyway.
     for training in (False, True):
@@ -79,6 +74,49 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
         graph_outputs=outputs,
         leaf_dims=_dims_by_leaf(block, inputs),
     )
+
+
+def trace_around(block: BlockAnalysis, parts: dict[str, tuple[Call, ...]]) -> fx.Graph:
+    """A block's graph, with the sizes of its call, where each of ``parts`` (name below the block -> its calls) stands for what it
+    returned: a value of that shape which depends on all its tensors. Refuses what torch.export can't take then either."""
+    duplicate = _duplicate(block)
+    for name, calls in parts.items():
+        duplicate.get_submodule(name).forward = _stand_in(calls)  # type: ignore[method-assign]
+    flat, tensors = _FlatCall(duplicate, block.call.arguments), _examples(block)
+    try:
+        with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
+            return export(flat, tensors, strict=False).graph
+    except Exception as error:  # torch.export raises whatever the block's code does
+        raise Refused(f"torch.export can't trace it ({type(error).__name__})") from error
+
+
+def _stand_in(calls: tuple[Call, ...]) -> Callable[..., Any]:
+    remaining = itertools.chain(calls, itertools.repeat(calls[-1]))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = [leaf for _, leaf in iterate_leaves([args, kwargs]) if isinstance(leaf, Tensor)]
+        value = sum((leaf.reshape(-1)[:1].to(torch.complex64).sum() for leaf in given), torch.zeros(()))
+        return map_leaves(
+            lambda _, leaf: (
+                value.real.to(leaf.dtype).expand(leaf.shape).clone() if isinstance(leaf, TensorInfo) else leaf
+            ),
+            next(remaining).output,
+        )
+
+    return forward
+
+
+def _duplicate(block: BlockAnalysis) -> nn.Module:
+    """The block's module objects copied, their parameters shared; in eval mode."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*block.module.parameters(), *block.module.buffers())}
+    duplicate = copy.deepcopy(block.module, memo).eval()
+    vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
+    return duplicate
+
+
+def _examples(block: BlockAnalysis) -> tuple[Tensor, ...]:
+    device = next((tensor.device for tensor in block.module.parameters()), torch.device("cpu"))
+    return tuple(_example(leaf, device) for _, leaf in block.call_leaves if isinstance(leaf, TensorInfo))
 
 
 @contextlib.contextmanager

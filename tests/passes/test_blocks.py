@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffcr_compile.passes.analysis import ModelAnalysis, run_passes
 from diffcr_compile.passes.blocks import find_blocks
@@ -67,7 +68,8 @@ class Mixed(nn.Module):
 
 def test_one_reason_for_all_that_share_it() -> None:
     analysis = search(Mixed().eval(), {"x": torch.randn(3, 7, 6), "t": torch.ones(3)})
-    assert [site.fqn for site in analysis.sites] == ["blocks.0", "blocks.2"]
+    routed = [site.fqn for site in analysis.sites if not analysis.families[site.family].is_branch]
+    assert routed == ["blocks.0", "blocks.2"]
     (refusal,) = (refusal for refusal in analysis.refusals if refusal.kind == "Positional")
     assert refusal.fqns == ("blocks.1", "blocks.3")
     assert str(refusal).startswith("blocks.1 and 1 more (Positional): ")
@@ -81,6 +83,113 @@ def test_filter_fn_is_asked_before_anything_is_exported() -> None:
         fqn for refusal in analysis.refusals if refusal.reason == "left out by filter_fn" for fqn in refusal.fqns
     }
     assert {"blocks.0", "blocks.2"} <= left_out
+
+
+class Cache:
+    """Filled by a block, as keys and values are."""
+
+
+class Causal(nn.Module):
+    """Can't be routed whole, nor can its attention; ``how`` the feed-forward joins."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.attention = _CausalAttention()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.attention(x, cache)
+        return x + self.mlp(x) if self.how == "added" else self.mlp(x)
+
+
+class _CausalAttention(nn.Module):
+    """Where it has a cache to fill, it reads values, and torch.export can't take it or what calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        if cache is not None and float(x.sum()) != float("inf"):
+            cache.values = x
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, dim=-1))
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+
+
+class CausalStack(nn.Module):
+    def __init__(self, how: str = "added", *, cache: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Causal(how) for _ in range(2))
+        self.cache = Cache() if cache else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, self.cache)
+        return x
+
+
+FEED_FORWARDS = ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def found(model: nn.Module, **inputs: Any) -> list[str]:
+    return [site.fqn for site in search(model.eval(), inputs or {"x": torch.randn(3, 7, 8)}).sites]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_feed_forwards_of_what_is_refused_are_routed(cache: bool) -> None:
+    """Seen in the block's graph, or in that around its attention where the attention can't be traced."""
+    analysis = search(CausalStack(cache=cache).eval(), {"x": torch.randn(3, 7, 8)})
+    assert [site.fqn for site in analysis.sites] == FEED_FORWARDS
+    (family,) = analysis.families
+    assert (family.is_branch, family.token_axis, family.batch_axis) == (True, 1, 0)
+    assert {refusal.kind for refusal in analysis.refusals} == {"Causal", "_CausalAttention"}
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_feed_forward_that_is_not_added_is_not(cache: bool) -> None:
+    assert found(CausalStack("replaces", cache=cache)) == []
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = CausalStack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_one_more_sample_tells_samples_from_tokens() -> None:
+    """To a causal attention that takes the first axis for the batch, the tokens of another axis are samples."""
+    analysis = search(SequenceFirst().eval(), {"x": torch.randn(3, 7, 8)})
+    (family,) = analysis.families
+    assert (family.token_axis, family.batch_axis) == (0, 1)
+
+
+class FixedBatch(CausalStack):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(3, 7, 8))
+
+
+def test_without_it_nothing_tells_them_apart() -> None:
+    assert found(FixedBatch()) == []
+
+
+class Listed(CausalStack):
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return super().forward(torch.stack([sample.flatten(1).T for sample in x]))
+
+
+def test_samples_may_come_as_a_list() -> None:
+    assert found(Listed(), x=[torch.randn(8, 7, 1) for _ in range(3)]) == FEED_FORWARDS
+
+
+def test_feed_forwards_of_what_filter_fn_left_out_are_left_out() -> None:
+    analysis = search(
+        CausalStack().eval(), {"x": torch.randn(3, 7, 8)}, lambda module, fqn: fqn not in ("blocks.0", "blocks.1")
+    )
+    assert analysis.sites == ()
 
 
 def test_looking_changes_nothing() -> None:

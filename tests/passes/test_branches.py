@@ -45,6 +45,10 @@ def add_gated(x: Tensor, out: Tensor) -> Tensor:
     return x + 0.5 * out.clone()
 
 
+def add_in_double(x: Tensor, out: Tensor) -> Tensor:
+    return (x.double() + out.double() * 0.5).type_as(x)
+
+
 def norm(x: Tensor, out: Tensor) -> Tensor:
     return x + out.softmax(-1)
 
@@ -73,7 +77,7 @@ def inputs() -> dict[str, Any]:
     return {"x": draw(B, N, D), "t": torch.tensor([1.0, 400.0, 900.0])}
 
 
-@pytest.fixture(scope="module", params=[add, add_gated])
+@pytest.fixture(scope="module", params=[add, add_gated, add_in_double])
 def pair(request: pytest.FixtureRequest) -> tuple[Trunk, nn.Module]:
     plain = Trunk(request.param).eval()
     return plain, diffcr_compile.transform(copy.deepcopy(plain), example_inputs=inputs())
