@@ -28,6 +28,10 @@ class Refused(Exception):
     """Raised by a pass on a block: it stays dense, for the reason given. Kept as data, never shown to a user as an error."""
 
 
+class NotJoined(Refused):
+    """Refused for want of an input that an output is joined to; its caller may join them."""
+
+
 class TensorInfo:
     """A tensor as it was seen in a call: a leaf, and so no dataclass. ``value``: its values, kept for integers and booleans where
     they are known."""
@@ -59,6 +63,7 @@ class Call:
     """One call of one module: its bound arguments and its output, with a :class:`TensorInfo` for each tensor.
 
     in_order: how many calls ended before it. attends: whether it multiplied activations with activations, as attention does.
+    num_operators: how many operators it ran.
     """
 
     fqn: str
@@ -66,6 +71,7 @@ class Call:
     output: Any
     in_order: int
     attends: bool = True
+    num_operators: int = 0
 
 
 @dataclass(frozen=True)

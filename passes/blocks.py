@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..arguments import iterate_leaves, map_leaves
 from ..context import ContextGraph
 from ..plan import BlockPlan, Refusal, Site
-from .analysis import Call, ModelAnalysis, Refused, TensorInfo, log, run_passes
+from .analysis import Call, ModelAnalysis, NotJoined, Refused, TensorInfo, log, run_passes
 from .attention import find_attention
 from .block import BlockAnalysis
 from .branches import prove_added
@@ -61,10 +62,12 @@ class _Search:
         self.context_graphs: list[ContextGraph | None] = []
         self.sites: list[Site] = []
         self._modules = dict(analysis.model.named_modules())
-        self._verdicts: dict[Any, int | str] = {}
+        self._verdicts: dict[Any, int | Refused] = {}
         self._proved: dict[Any, tuple[int, BlockAnalysis]] = {}
-        self._graphs: dict[Any, Any] = {}
+        self._graphs: dict[Any, fx.Graph | Refused] = {}
+        self._around: dict[Any, fx.Graph | Refused] = {}
         self._refused: dict[tuple[str, str], list[str]] = {}
+        self._not_joined: list[str] = []
         self._counts: dict[type, int] = {}
         for fqn in analysis.calls:
             kind = type(self._modules[fqn])
@@ -79,8 +82,8 @@ class _Search:
         return self._visit_children(module, fqn) or self._try(module, fqn)
 
     def visit_branches(self) -> None:
-        """Try what was refused as a block as a branch, outermost first, beside and not within what is routed."""
-        for fqn in sorted((fqn for fqns in self._refused.values() for fqn in fqns), key=lambda fqn: fqn.count(".")):
+        """Try as a branch that of which no output is joined to an input, outermost first, beside and not within what is routed."""
+        for fqn in sorted(self._not_joined, key=lambda fqn: fqn.count(".")):
             related = any(_contains(site.fqn, fqn) or _contains(fqn, site.fqn) for site in self.sites)
             if not related and self._try(self._modules[fqn], fqn, as_branch=True):
                 self._forget(fqn)
@@ -159,16 +162,18 @@ class _Search:
             if key not in self._verdicts:
                 self._verdicts[key] = self._analyse(module, fqn, call, caller, layout)
             verdict = self._verdicts[key]
-            if isinstance(verdict, str):
+            if isinstance(verdict, Refused):
                 if not as_branch:
-                    self._refuse(module, fqn, verdict)
+                    self._refuse(module, fqn, str(verdict))
+                if not as_branch and isinstance(verdict, NotJoined):
+                    self._not_joined.append(fqn)
                 return False
-        self.sites.append(Site(fqn, int(verdict)))
+        self.sites.append(Site(fqn, verdict))
         return True
 
     def _analyse(
         self, module: nn.Module, fqn: str, call: Call, caller: str | None, layout: tuple[int, int] | None
-    ) -> int | str:
+    ) -> int | Refused:
         """Index of the new family, or the reason why there is none. ``caller``: who must add it, for a branch."""
         alike = (
             _family_key(module, call, positions=False),
@@ -185,10 +190,10 @@ class _Search:
         try:
             if caller is not None:
                 prove_added(self._graph_of(caller), fqn.removeprefix(f"{caller}."))
-            block = run_passes(BLOCK_PASSES, block)
+            block = run_passes((self.export_block, *BLOCK_PASSES[1:]), block)
         except Refused as refused:
             log.info("%s stays dense: %s", fqn, refused)
-            return str(refused)
+            return refused.with_traceback(None)
         assert block.plan is not None
         self.families.append(block.plan)
         self.context_graphs.append(block.context_graph)
@@ -208,19 +213,29 @@ class _Search:
         return fqn.removeprefix(f"{caller}."), _family_key(self._modules[caller], self.analysis.calls[caller][0])
 
     def _graph_of(self, caller: str) -> fx.Graph:
-        """The exported graph of a caller, made once per family."""
+        """The graph of a caller, or that around its attention; made once per family."""
         module, call = self._modules[caller], self.analysis.calls[caller][0]
-        key = _family_key(module, call)
+        key, block = _family_key(module, call), BlockAnalysis(module, caller, call, self.analysis.config)
         if key not in self._graphs:
-            block = BlockAnalysis(module, caller, call, self.analysis.config)
-            try:
-                self._graphs[key] = export_block(block).graph
-            except Refused as refused:
-                self._graphs[key] = self._trace_around_attention(block) or refused
-        graph = self._graphs[key]
+            with contextlib.suppress(Refused):
+                self.export_block(block)
+        if isinstance(self._graphs[key], Refused) and key not in self._around:
+            self._around[key] = self._trace_around_attention(block) or self._graphs[key]
+        graph = self._around.get(key, self._graphs[key])
         if isinstance(graph, Refused):
             raise graph
         return graph
+
+    def export_block(self, block: BlockAnalysis) -> BlockAnalysis:
+        """The pass of this name; what it found, or refused, is kept for the block's parts, which may be branches."""
+        key = _family_key(block.module, block.call)
+        try:
+            exported = export_block(block)
+        except Refused as refused:
+            self._graphs[key] = refused
+            raise
+        self._graphs[key] = exported.graph
+        return exported
 
     def _trace_around_attention(self, block: BlockAnalysis) -> fx.Graph | None:
         """The graph of a caller that can't be exported, with its attending parts taken for what they return."""

@@ -80,7 +80,7 @@ class _Run:
         self.tracker = SinusoidTracker()
         self.output: Any = None
         self._known: dict[int, Tensor] = {}
-        self._started: list[tuple[int, int]] = []
+        self._started: list[tuple[int, int, int]] = []
 
     def execute(self) -> None:
         with dry_run(self.model, fake=self.fake) as convert:
@@ -105,18 +105,19 @@ class _Run:
 
     def _before(self, counter: FlopCounterMode) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._started.append((counter.get_total_flops(), attention_flops(counter)))
+            self._started.append((counter.get_total_flops(), attention_flops(counter), self.tracker.num_operators))
 
         return hook
 
     def _after(self, fqn: str, counter: FlopCounterMode) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            total, attending = self._started.pop()
+            total, attending, operators = self._started.pop()
             self.flops[fqn] = self.flops.get(fqn, 0) + counter.get_total_flops() - total
             attends = attention_flops(counter) > attending
             bound = bind_arguments(positional_names(type(module).forward), args, kwargs)
             order = sum(map(len, self.calls.values()))
-            call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order, attends)
+            operators = self.tracker.num_operators - operators
+            call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order, attends, operators)
             self.calls.setdefault(fqn, []).append(call)
 
         return hook

@@ -25,6 +25,10 @@ from ..routed import STATE
 from .analysis import Call, Refused, TensorInfo
 from .block import BlockAnalysis
 
+LONGEST = 1200
+"""Operators of a call that are exported. A recurrence over three frames runs 1440, and takes minutes (the shape solver's time grows
+with the loop); the longest block that can be routed in a denoiser of diffusers runs 812."""
+
 
 class _FlatCall(nn.Module):
     """A block as a function of the tensors of its call, in order; its output's tensors as a tuple."""
@@ -47,6 +51,10 @@ class _FlatCall(nn.Module):
 
 def export_block(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``graph``, its inputs, outputs and their shapes. Refuses what torch.export can't take, with its reason."""
+    if block.call.num_operators > LONGEST:
+        raise Refused(
+            f"it runs {block.call.num_operators} operators in one call (a loop over frames or tokens), too many to export"
+        )
     flat, tensors = _FlatCall(_duplicate(block), block.call.arguments), _examples(block)
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
     errors: list[Exception] = []

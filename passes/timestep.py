@@ -37,13 +37,14 @@ Origins = dict[Path, float | None]
 
 
 class SinusoidTracker(TorchDispatchMode):
-    """Follows the inputs of a run; ``reached``: those that met a sine or cosine, with their constant."""
+    """Follows the inputs of a run; ``reached``: those that met a sine or cosine, with their constant; counts its operators."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.reached: Origins = {}
+        self.num_operators = 0
         self._by_id: dict[int, tuple[weakref.ref[Tensor], Origins]] = {}
 
     @contextlib.contextmanager
@@ -63,6 +64,7 @@ class SinusoidTracker(TorchDispatchMode):
         return origins if reference is not None and reference() is tensor else {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_operators += 1
         output = func(*args, **(kwargs or {}))
         origins: Origins = {}
         for _, leaf in iterate_leaves([args, kwargs or {}]):

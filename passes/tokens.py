@@ -14,7 +14,7 @@ from torch import fx
 
 from ..arguments import leaf_name
 from ..plan import LeafPlan, OutputPlan, Size, TokenAxis
-from .analysis import Refused, TensorInfo
+from .analysis import NotJoined, Refused, TensorInfo
 from .block import BlockAnalysis
 from .residual import residual_sources
 
@@ -34,7 +34,7 @@ def find_stream(block: BlockAnalysis) -> BlockAnalysis:
                 if size in block.token_symbols:
                     candidates.append((-leaf.shape[axis], index, axis))
     if not candidates:
-        raise Refused(
+        raise NotJoined(
             "no output is an input plus something along the attention's tokens"
             if not joined
             else "the attention's tokens are no axis of an input that an output is joined to (reshaped grid, windows)"
@@ -90,7 +90,7 @@ def _plan_output(block: BlockAnalysis, output: fx.Node, names: dict[sympy.Symbol
     joined = sorted(_joined_leaves(block, output), key=lambda index: (index != block.stream, index))
     source = joined[0] if joined else None
     if routed and ((source is None and not block.is_branch) or dims.count(block.token) != 1):
-        raise Refused(f"an output follows the tokens but is no input plus something: {_text(dims)}")
+        raise NotJoined(f"an output follows the tokens but is no input plus something: {_text(dims)}")
     return OutputPlan(text, dims.index(block.batch), routed, None if block.is_branch else source, block.is_branch)
 
 

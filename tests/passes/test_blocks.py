@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffcr_compile.passes import blocks
 from diffcr_compile.passes.analysis import ModelAnalysis, run_passes
+from diffcr_compile.passes.block import BlockAnalysis
 from diffcr_compile.passes.blocks import find_blocks
 from diffcr_compile.passes.capture import capture_calls
+from diffcr_compile.passes.export import export_block
 from models import Block, Shape, original, sinusoids, tiny_inputs
 from torch import Tensor, nn
 
@@ -190,6 +193,19 @@ def test_feed_forwards_of_what_filter_fn_left_out_are_left_out() -> None:
         CausalStack().eval(), {"x": torch.randn(3, 7, 8)}, lambda module, fqn: fqn not in ("blocks.0", "blocks.1")
     )
     assert analysis.sites == ()
+
+
+def test_nothing_is_exported_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block for all, its attention, and the feed-forward; the block's graph serves for both as its branches."""
+    exported: list[str] = []
+
+    def note(block: BlockAnalysis) -> BlockAnalysis:
+        exported.append(block.fqn)
+        return export_block(block)
+
+    monkeypatch.setattr(blocks, "export_block", note)
+    assert found(CausalStack()) == FEED_FORWARDS
+    assert exported == ["blocks.0", "blocks.0.attention", "blocks.0.mlp"]
 
 
 def test_looking_changes_nothing() -> None:

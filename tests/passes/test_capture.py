@@ -34,6 +34,7 @@ def test_every_call_is_described() -> None:
     assert call.output == (TensorInfo((3, 11, 6), torch.float32), TensorInfo((3, 4, 6), torch.float32))
     assert analysis.calls["blocks.0"][0].in_order < analysis.calls["blocks.1"][0].in_order
     assert analysis.calls["blocks.0"][0].attends
+    assert 0 < analysis.calls["blocks.0"][0].num_operators < analysis.calls[""][0].num_operators
 
 
 def test_flops_are_torchs() -> None:

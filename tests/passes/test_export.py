@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffcr_compile.passes.analysis import Refused
-from diffcr_compile.passes.export import export_block
+from diffcr_compile.passes.export import LONGEST, export_block
 from hand import D, Hand, N, analyse, block_of, draw
 from torch import Tensor
 
@@ -43,3 +45,10 @@ def test_exporting_leaves_the_block_alone() -> None:
     assert block.training
     assert set(vars(block)) == keys
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+
+
+def test_long_loops_are_not_exported() -> None:
+    block = analyse(block_of(with_table), {"x": draw(), "table": draw(N, D), "scale": 0.5}, [])
+    block = replace(block, call=replace(block.call, num_operators=LONGEST + 1))
+    with pytest.raises(Refused, match=f"{LONGEST + 1} operators in one call"):
+        export_block(block)
