@@ -64,7 +64,7 @@ class _Search:
         self._modules = dict(analysis.model.named_modules())
         self._verdicts: dict[Any, int | Refused] = {}
         self._proved: dict[Any, tuple[int, BlockAnalysis]] = {}
-        self._graphs: dict[Any, fx.Graph | Refused] = {}
+        self._exported: dict[Any, BlockAnalysis | Refused] = {}
         self._around: dict[Any, fx.Graph | Refused] = {}
         self._refused: dict[tuple[str, str], list[str]] = {}
         self._not_joined: list[str] = []
@@ -216,25 +216,32 @@ class _Search:
         """The graph of a caller, or that around its attention; made once per family."""
         module, call = self._modules[caller], self.analysis.calls[caller][0]
         key, block = _family_key(module, call), BlockAnalysis(module, caller, call, self.analysis.config)
-        if key not in self._graphs:
+        if key not in self._exported:
             with contextlib.suppress(Refused):
                 self.export_block(block)
-        if isinstance(self._graphs[key], Refused) and key not in self._around:
-            self._around[key] = self._trace_around_attention(block) or self._graphs[key]
-        graph = self._around.get(key, self._graphs[key])
+        exported = self._exported[key]
+        if isinstance(exported, BlockAnalysis):
+            assert exported.graph is not None
+            return exported.graph
+        if key not in self._around:
+            self._around[key] = self._trace_around_attention(block) or exported
+        graph = self._around[key]
         if isinstance(graph, Refused):
             raise graph
         return graph
 
     def export_block(self, block: BlockAnalysis) -> BlockAnalysis:
-        """The pass of this name; what it found, or refused, is kept for the block's parts, which may be branches."""
+        """The pass of this name. What it found, or refused, is kept: a block is met again as a branch, and as the caller of its
+        parts."""
         key = _family_key(block.module, block.call)
+        known = self._exported.get(key)
+        if isinstance(known, BlockAnalysis) and known.fqn == block.fqn:
+            return replace(known, is_branch=block.is_branch, layout=block.layout)
         try:
-            exported = export_block(block)
+            self._exported[key] = exported = export_block(block)
         except Refused as refused:
-            self._graphs[key] = refused
+            self._exported[key] = refused
             raise
-        self._graphs[key] = exported.graph
         return exported
 
     def _trace_around_attention(self, block: BlockAnalysis) -> fx.Graph | None:
