@@ -59,6 +59,14 @@ def _state_of(wrappers: list[Any], module: nn.Module) -> list[Any]:
     return [value for value in vars(module).values() if type(value).__module__ in files]
 
 
+def _own(leaf: Any) -> Any:
+    """A copy of what a forward may write into (a cache of keys and values); the leaf itself where it can't be copied."""
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # whatever a user's object raises when copied
+        return leaf
+
+
 class _Unfused(TorchFunctionMode):
     """Changes nothing; but where a mode watches, torch's own layers call their parts instead of the fused operators of their
     evaluation, in which no attention is seen and no FLOPs are counted."""
@@ -81,7 +89,7 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
 
     def convert(_: Path, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return leaf
+            return _own(leaf)
         if mode is not None:
             return mode.from_tensor(leaf) if leaf.device == device else torch.empty_like(leaf, device=device)
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if leaf.is_meta and devices else leaf

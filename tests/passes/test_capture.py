@@ -131,3 +131,21 @@ class ShyOfTwo(Shy):
 
 def test_nor_where_the_batch_is_fixed() -> None:
     assert list(capture(ShyOfTwo(True), {"x": torch.randn(2, 5, 4)}).calls) == [""]
+
+
+class Filled:
+    """What a forward writes into."""
+
+    values: Tensor | None = None
+
+
+class Fills(nn.Module):
+    def forward(self, x: Tensor, cache: Filled) -> Tensor:
+        cache.values = x
+        return x
+
+
+def test_objects_that_a_forward_writes_into_are_left_alone() -> None:
+    cache = Filled()
+    capture(Fills(), {"x": torch.randn(3, 5, 4), "cache": cache})
+    assert cache.values is None
