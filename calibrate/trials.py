@@ -54,7 +54,7 @@ def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dic
         if len(regions) > 1:
             raise CalibrationError(
                 f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the "
-                "denoiser's inputs while it samples, all samples of a batch at one timestep, as diffcr_compile.record collects them."
+                "denoiser's inputs while it samples, all of a batch at one timestep, as diffcr_compile.record collects them."
             )
         found.update(dict.fromkeys(regions))
     return list(found)
