@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names
 from ..errors import CalibrationError, UnsupportedError
-from ..region import pick_samples, region_of, timestep_value
+from ..region import group_samples, pick_samples, pin_region, region_of, regions_of_call, timestep_value
 from ..routed import ModelRouting
 
 Batch = dict[str, Any]
@@ -82,6 +82,23 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -
     if not mixed:
         return batches
     return [joined for pile in piles.values() for joined in _join(axes, pile, largest)]
+
+
+def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; for routers that see the timestep, each taken apart by timestep region, which is pinned until the next is asked
+    for. Raises UnsupportedError where that can't be done."""
+    names = positional_names(type(model).forward)
+    for batch in batches:
+        if state.config.router == "token":
+            yield batch
+            continue
+        groups = group_samples(regions_of_call(model, state, batch))
+        for region, samples in groups.items():
+            part = batch
+            if len(groups) > 1:
+                part = bind_arguments(names, *pick_samples(model, state, samples, (), batch))
+            with pin_region(state, region):
+                yield part
 
 
 def _join(axes: dict[Path, int], pile: list[Batch], size: int) -> list[Batch]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..arguments import bind_arguments, iterate_leaves
 from ..learning import dense
 from ..primitives import score_tokens, select_tokens
-from ..routed import BlockRouting, ModelRouting, router_weight
+from ..routed import BlockRouting, ModelRouting, router_vector
 from ..sharding import whole
-from .batches import Batch
+from .batches import Batch, as_routers_see
 from .report import Histograms
 
 NUM_BINS = 24
@@ -33,7 +33,7 @@ def examine_routers(
     ]
     try:
         with dense(model):
-            for batch in batches:
+            for batch in as_routers_see(model, state, batches):
                 model(**batch)
     finally:
         for handle in handles:
@@ -60,7 +60,7 @@ def _observer(block: BlockRouting, seen: list[Tensor]) -> Callable[..., None]:
         bound = bind_arguments(block.positional, args, kwargs)
         plan = block.program(bound).plan
         tokens = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None][plan.stream]
-        weight = whole(router_weight(module)).to(tokens.device)
+        weight = whole(router_vector(module)).to(tokens.device)
         seen.append(score_tokens(tokens, weight, plan.token_axis, plan.batch_axis).cpu())
 
     return observe

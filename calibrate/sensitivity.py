@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import bind_arguments, iterate_leaves, positional_names
+from ..arguments import bind_arguments, iterate_leaves
 from ..errors import CalibrationError
 from ..learning import dense
 from ..memory import foretell
 from ..primitives import score_tokens
 from ..ratios import BIN, SCALE
-from ..region import region_of, timestep_value
-from ..routed import BlockRouting, ModelRouting, router_weight
+from ..region import regions_of_call, timestep_value
+from ..routed import BlockRouting, ModelRouting, router_vector
 from ..trajectory import Trajectory
+from .batches import as_routers_see
 
 OLDEST = 4
 """Ages, in steps, up to which an update is compared; what is older is taken to suffer as the square of its age."""
@@ -41,15 +42,11 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
     ]
     try:
         with dense(model):
-            for batch in batches:
-                regions = [0]
+            for batch in batches if state.config.skip == "reuse" else as_routers_see(model, state, batches):
                 if state.plan.timestep is not None:
-                    bound = bind_arguments(positional_names(type(model).forward), (), batch)
-                    value = timestep_value(bound, state.plan.timestep, model)
-                    trajectory.advance(value, ())
-                    regions = region_of(value, state.plan.timestep, state.num_regions)
+                    trajectory.advance(timestep_value(batch, state.plan.timestep, model), ())
                 for meter in meters:
-                    meter.regions = regions
+                    meter.regions = regions_of_call(model, state, batch)
                 model(**batch)
     finally:
         for handle in handles:
@@ -67,7 +64,6 @@ class _Meter:
 
     def __init__(self, block: BlockRouting, model: nn.Module, state: ModelRouting, trajectory: Trajectory) -> None:
         self.block, self.config, self.trajectory = block, state.config, trajectory
-        self.weight = router_weight(model.get_submodule(block.fqn))
         self.regions: list[int] = [0]
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64) / SCALE
@@ -96,7 +92,7 @@ class _Meter:
         if self.config.skip == "reuse":
             errors = self._stale_errors(update)
         else:
-            scores = score_tokens(values[plan.stream], self.weight, plan.token_axis, plan.batch_axis)
+            scores = score_tokens(values[plan.stream], router_vector(module), plan.token_axis, plan.batch_axis)
             errors = self._omitted(update, scores)
         if errors is not None:
             self._add(errors / scale.clamp(min=1e-12))

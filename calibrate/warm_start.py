@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..arguments import bind_arguments, iterate_leaves
 from ..learning import dense
 from ..routed import BlockRouting, ModelRouting, router_weight
-from ..sharding import like
+from ..sharding import like, whole
+from .batches import as_routers_see
 from .processes import sum_over_processes
 
 RIDGE = 1e-2
@@ -22,7 +23,8 @@ RIDGE = 1e-2
 def fit_routers(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> None:
     """Set every router to the vector that best predicts ``log ||block(x) - x||`` of a token from the token, on ``batches``.
 
-    Scores then have unit spread over the tokens seen. Tokens that a block hardly changes are the first to skip it.
+    Scores then have unit spread over the tokens seen. Tokens that a block hardly changes are the first to skip it. A router that
+    sees the timestep is fitted region by region; a region without tokens takes the vector of all.
     """
     sums = {block.fqn: _Moments(router_weight(model.get_submodule(block.fqn))) for block in state.blocks}
     handles = [
@@ -31,7 +33,7 @@ def fit_routers(model: nn.Module, state: ModelRouting, batches: Iterable[dict[st
     ]
     try:
         with dense(model):
-            for batch in batches:
+            for batch in as_routers_see(model, state, batches):
                 model(**batch)
     finally:
         for handle in handles:
@@ -41,41 +43,48 @@ def fit_routers(model: nn.Module, state: ModelRouting, batches: Iterable[dict[st
 
 
 class _Moments:
-    """Sums over tokens of x x^T, x y, x, y: what a regression needs, whatever the number of tokens."""
+    """Sums over tokens of x x^T, x y, x, y and 1, for each vector of a router: what a regression needs of any number of tokens."""
 
     def __init__(self, weight: Tensor) -> None:
-        width = weight.numel()
         self.weight = weight
-        self.xx = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-        self.xy, self.x = (torch.zeros(width, dtype=torch.float64, device=weight.device) for _ in range(2))
-        self.y, self.count = 0.0, 0
+        rows, width = weight.shape if weight.ndim == 2 else (1, weight.numel())
+        self.xx, self.xy, self.x, self.y, self.count = (
+            torch.zeros(rows, *sizes, dtype=torch.float64, device=weight.device)
+            for sizes in ((width, width), (width,), (width,), (), ())
+        )
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x: (tokens, D); y: (tokens,)."""
+    def add(self, x: Tensor, y: Tensor, row: int) -> None:
+        """x: (tokens, D); y: (tokens,); row: of the router, which scores these tokens."""
         x, y = x.double(), y.double()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.x += x.sum(0)
-        self.y += float(y.sum())
-        self.count += len(x)
+        self.xx[row] += x.T @ x
+        self.xy[row] += x.T @ y
+        self.x[row] += x.sum(0)
+        self.y[row] += y.sum()
+        self.count[row] += len(x)
 
     def solve(self) -> None:
-        """Set the vector, from the tokens of all processes."""
-        totals = torch.tensor([self.y, float(self.count)], dtype=torch.float64)
-        sum_over_processes([self.xx, self.xy, self.x, totals])
-        self.y, self.count = float(totals[0]), int(totals[1])
-        if self.count == 0:
-            return
-        mean = self.x / self.count
-        covariance = self.xx / self.count - torch.outer(mean, mean)
-        target = self.xy / self.count - mean * (self.y / self.count)
-        ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
-        vector = torch.linalg.solve(
-            covariance + ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device), target
-        )
-        spread = (vector @ covariance @ vector).clamp(min=0).sqrt()
-        if float(spread) > 0:
-            self.weight.copy_(like(vector / spread, self.weight))
+        """Set the vectors, from the tokens of all processes."""
+        sums = [self.xx, self.xy, self.x, self.y, self.count]
+        sum_over_processes(sums)
+        weight = whole(self.weight).clone()
+        for row, vector in enumerate(weight.view(-1, weight.shape[-1])):
+            fitted = _ridge(*(each[row] if self.count[row] else each.sum(0) for each in sums))
+            if fitted is not None:
+                vector.copy_(fitted)
+        self.weight.copy_(like(weight, self.weight))
+
+
+def _ridge(xx: Tensor, xy: Tensor, x: Tensor, y: Tensor, count: Tensor) -> Tensor | None:
+    """The regression's vector (D,), scaled to unit spread; None where there are no tokens, or nothing to tell them apart."""
+    if not count:
+        return None
+    mean = x / count
+    covariance = xx / count - torch.outer(mean, mean)
+    target = xy / count - mean * (y / count)
+    ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
+    vector = torch.linalg.solve(covariance + ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device), target)
+    spread = (vector @ covariance @ vector).clamp(min=0).sqrt()
+    return vector / spread if float(spread) > 0 else None
 
 
 def _observer(block: BlockRouting, moments: _Moments) -> Callable[..., None]:
@@ -87,6 +96,7 @@ def _observer(block: BlockRouting, moments: _Moments) -> Callable[..., None]:
         result = outputs[plan.routed_output].double()
         update = result if plan.is_branch else result - tokens.double()
         size = update.square().mean(-1).clamp(min=1e-12).log() / 2
-        moments.add(tokens.reshape(-1, tokens.shape[-1]), size.reshape(-1))
+        row = block.model.region() if block.model.config.router == "timestep" else 0
+        moments.add(tokens.reshape(-1, tokens.shape[-1]), size.reshape(-1), row)
 
     return observe

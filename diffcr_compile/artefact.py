@@ -1,7 +1,7 @@
 """``save`` and ``load``: a routing as a small directory, JSON beside safetensors, never pickled.
 
     routing.json         type, version, configuration, the plan, fingerprint of the model, ratio table
-    routers.safetensors  one float vector per block
+    routers.safetensors  one float vector per block, or one per block and timestep region
     report.json          of the calibration, if there was one: read by ``CalibrationReport.load``
 
 ``load`` needs no inputs: it writes the programs from the stored plan. The fingerprint ties the plan to the model's classes
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -109,7 +110,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     _check_table(source, table, trained, trend, plan, config)
     state = ModelRouting(config)
     try:
-        tensors = _read_tensors(source, record, plan)
+        tensors = _read_tensors(source, record, plan, config)
         attach(model, state, plan)
     except _DAMAGE as error:
         raise ArtefactError(f"{source} is damaged, or fits no {type(model).__name__}: {error}.") from error
@@ -181,11 +182,12 @@ def _read_record(source: Path) -> dict[str, Any]:
     return record
 
 
-def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan) -> dict[str, Tensor]:
+def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan, config: DiffCRConfig) -> dict[str, Tensor]:
     """One router for each block of the plan; no more is read than they take."""
     file = source / _TENSORS
     widths = {site.fqn: plan.families[site.family].width for site in plan.sites}
-    largest = _SLACK_BYTES + sum(8 * width + 512 + len(fqn) for fqn, width in widths.items())
+    rows = (config.num_regions,) if config.router == "timestep" else ()
+    largest = _SLACK_BYTES + sum(8 * math.prod((*rows, width)) + 512 + len(fqn) for fqn, width in widths.items())
     if file.stat().st_size > largest:
         raise ArtefactError(
             f"{file} is {file.stat().st_size} bytes long; the routers of this plan take at most {largest}."
@@ -200,7 +202,7 @@ def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan) -> dict
     except SafetensorError as error:
         raise ArtefactError(f"{file} is damaged: {error}.") from error
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.dtype.is_floating_point}
-    if len(tensors) > len(found) or found != {fqn: (width,) for fqn, width in widths.items()}:
+    if len(tensors) > len(found) or found != {fqn: (*rows, width) for fqn, width in widths.items()}:
         raise ArtefactError(f"{file} does not hold one router of floating numbers for each block of the plan.")
     return tensors
 

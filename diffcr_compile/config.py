@@ -14,6 +14,7 @@ Skip = Literal["identity", "reuse"]
 Context = Literal["kept", "all"]
 Selection = Literal["score", "turn", "score and turn"]
 MemoryDtype = Literal["float32", "bfloat16", "float16"]
+RouterInput = Literal["token", "timestep"]
 Estimator = Literal["two-bin", "single-pass"]
 BudgetKind = Literal["flops", "tokens", "latency"]
 Trainable = Literal["all", "lora", "routers"]
@@ -83,6 +84,9 @@ class DiffCRConfig(_Options):
     extrapolation: with reuse, the degree in the timestep of the polynomial through a token's last updates: 0, 1 or 2. A
         calibration without training measures how far to follow it.
     memory_dtype: with reuse, of the remembered updates: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the tokens' own.
+    router: what a router sees; ``"token"`` (the paper): one vector a block scores tokens at every timestep; ``"timestep"``: one
+        vector for each timestep region, so that which tokens matter may change on the way from noise to picture. Needs a timestep
+        input; samples of one batch in different regions then run region by region, with any table.
     gate: how the router's score enters a kept token. ``"exact"``: value one, gradient of log-sigmoid. ``"sigmoid"``: the
         paper's, which multiplies the update and so changes a routed block's values from the start.
     min_flops_share: families of blocks with a smaller share of the model's FLOPs stay dense, in [0, 1].
@@ -95,6 +99,7 @@ class DiffCRConfig(_Options):
     skip: Skip = "identity"
     context: Context = None  # type: ignore[assignment]
     selection: Selection = None  # type: ignore[assignment]
+    router: RouterInput = "token"
     extrapolation: int = 1
     memory_dtype: MemoryDtype | None = None
     gate: Gate = "exact"
@@ -120,6 +125,9 @@ class DiffCRConfig(_Options):
             raise ValueError(
                 f"selection={self.selection!r} counts the steps since a token's last update: it needs skip='reuse'"
             )
+        _check_choice("router", self.router, get_args(RouterInput))
+        if self.selection == "turn" and self.router != "token":
+            raise ValueError(f"selection='turn' asks no router: expected router='token', found {self.router!r}")
         _check_choice("gate", self.gate, get_args(Gate))
         _check_share("min_flops_share", self.min_flops_share)
         if self.timestep_range is not None:

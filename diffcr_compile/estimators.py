@@ -16,7 +16,7 @@ from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Estimator
 from .primitives import lay_along, score_tokens
 from .ratios import BIN, SCALE, capacity, neighbour_bins
-from .routed import BlockRouting, forward_at, prepare_context, router_weight
+from .routed import BlockRouting, forward_at, prepare_context, router_vector
 
 Estimate = Callable[[nn.Module, BlockRouting, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -53,7 +53,7 @@ def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...],
     values = program.values(bound, routing.fqn)
     plan = program.plan
     tokens = values[plan.stream]
-    scores = score_tokens(tokens, router_weight(module), plan.token_axis, plan.batch_axis)
+    scores = score_tokens(tokens, router_vector(module), plan.token_axis, plan.batch_axis)
     num_tokens = scores.shape[1]
     most, least = (capacity(num_tokens, ratio) for ratio in (low, high))
     between = scores.argsort(dim=1, descending=True)[:, (least if plan.can_skip_block else max(least, 1)) : most]

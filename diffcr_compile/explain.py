@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .config import RouterInput
 from .plan import BlockPlan, ModelPlan
 from .routed import BlockRouting, settle
 from .table import read_table
@@ -48,13 +49,14 @@ class FamilyExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is routed in a model and what is not. table: float32 (num_regions, num_blocks)."""
+    """What is routed in a model and what is not. table: float32 (num_regions, num_blocks). router: what the routers see."""
 
     model: str
     plan: ModelPlan
     families: tuple[FamilyExplanation, ...]
     table: Tensor
     trained: bool
+    router: RouterInput = "token"
 
     @property
     def routable_share(self) -> float:
@@ -65,7 +67,8 @@ class Explanation:
         blocks = sum(len(family.blocks) for family in self.families)
         lines = [
             f"{self.model}: {blocks} routed blocks in {len(self.families)} families, {self.routable_share:.1%} of "
-            f"{self.plan.dense_flops / 1e9:.3g} GFLOPs; routers {'trained' if self.trained else 'untrained'}",
+            f"{self.plan.dense_flops / 1e9:.3g} GFLOPs; routers {'trained' if self.trained else 'untrained'}"
+            + (", one vector for each timestep region" if self.router == "timestep" else ""),
             f"{self.plan.timestep_note}; ratio table {tuple(self.table.shape)}, mean {float(self.table.mean()):.3f}",
             "",
             *(str(family) + "\n" for family in self.families),
@@ -88,7 +91,9 @@ def explain(model: nn.Module) -> Explanation:
         routing = next(block for block in state.blocks if block.fqn == blocks[0])
         share = plan.family_flops[index] / max(plan.dense_flops, 1)
         families.append(FamilyExplanation(family, blocks, share, _program(routing, family)))
-    return Explanation(type(model).__name__, plan, tuple(families), read_table(state), state.trained)
+    return Explanation(
+        type(model).__name__, plan, tuple(families), read_table(state), state.trained, state.config.router
+    )
 
 
 def _program(routing: BlockRouting, family: BlockPlan) -> str:

@@ -21,7 +21,7 @@ class Learnable:
     """What an optimiser may move beside the model's own weights.
 
     ratios: float32 CPU leaf (num_regions, num_blocks), the masters of the table; the same tensor each time. routers: one
-    vector (D,) per block, in the order of the columns.
+    vector (D,) per block, in the order of the columns; (num_regions, D) where they see the timestep.
     """
 
     ratios: Tensor

@@ -1,9 +1,9 @@
 """``lower``: compile a routed model, so that saved FLOPs become saved time.
 
 Capacities are Python ints, so every graph is static. ``regional``: one graph per (family, k), shared by all layers and run
-from the eager model around them. ``full``: one graph of the whole denoiser per distinct row of the table; the timestep region
-is looked up on the host, outside the graph. Each graph has a code object of its own, since Dynamo counts recompilations per
-code object and falls back to eager without a word when the count is full.
+from the eager model around them. ``full``: one graph of the whole denoiser per distinct row of the table, and per region where
+routers see the timestep; the region is looked up on the host, outside the graph. Each graph has a code object of its own, since
+Dynamo counts recompilations per code object and falls back to eager without a word when the count is full.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves, positional_names
 from .config import Scope
 from .errors import LoweringError
 from .region import follow_trajectory, pin_region, resolve_regions
-from .routed import STATE, BlockRouting, ModelRouting, Recalled, contexts_are_current, forward_at, settle
+from .routed import STATE, BlockRouting, ModelRouting, Recalled, contexts_are_current, forward_at, router_vector, settle
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -99,7 +99,8 @@ class Lowered:
         routing: BlockRouting = module.__dict__[STATE]
         programs = tuple(id(program) for program in routing.programs.values())
         key = (programs, ratio, id(routing.context), recalled is None, recalled is not None and recalled[1])
-        return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled)
+        vector = router_vector(module) if routing.model.config.router == "timestep" else None
+        return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
 
     def run_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The whole model, by the graph of the row for this timestep; a batch in several regions runs eagerly around them."""
@@ -123,7 +124,8 @@ class Lowered:
                 return model._call_impl(*args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
             state.current.recalled = recalled
             first = trajectory is not None and trajectory.first
-            key = (row, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
+            region = regions[0] if state.config.router == "timestep" else None
+            key = (row, region, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
             output = self._graph(key, _model_body)(model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 
@@ -135,9 +137,14 @@ class Lowered:
 
 
 def _block_body(
-    module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
+    module: nn.Module,
+    ratio: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recalled: Recalled | None,
+    vector: Tensor | None,
 ) -> Any:
-    return forward_at(module, ratio, args, kwargs, recalled)
+    return forward_at(module, ratio, args, kwargs, recalled, vector)
 
 
 def _model_body(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

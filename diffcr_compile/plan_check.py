@@ -34,6 +34,9 @@ def check_plan(plan: ModelPlan, model: nn.Module, config: DiffCRConfig) -> None:
         "batch axes of inputs are counts",
     )
     _require(isinstance(plan.input_paths, frozenset), "the paths of inputs are a set")
+    _require(
+        config.router == "token" or plan.timestep is not None, "routers see a timestep that the model does not take"
+    )
     if plan.timestep is not None:
         _check_timestep(plan.timestep, model)
 

@@ -23,6 +23,11 @@ from .trajectory import Trajectory
 _SLACK = 1e-3
 """Share of the timestep range by which rounding may carry a value past its ends."""
 
+_IN_A_GRAPH = (
+    "the timestep region is looked up outside the graph: compile the model by diffcr_compile.lower, not whole by torch.compile or "
+    "torch.export; or use a table with equal rows and router='token'."
+)
+
 
 def add_region_hooks(model: nn.Module) -> None:
     """Resolve the region before every forward of the root, and finish a split batch after it, before other hooks see it."""
@@ -64,11 +69,30 @@ def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> l
 
 
 def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> list[int]:
-    """Regions of the samples of a bound call of the root; reads no timestep where the table has one row, or equal ones."""
-    timestep = state.plan.timestep
-    if timestep is None or not (state.learning or state.varies_by_region):
+    """Regions of the samples of a bound call of the root; reads no timestep where nothing depends on it.
+
+    In a graph of one's own it can't be read: the graph breaks here. Raises UnsupportedError where that is an exported one.
+    """
+    if state.plan.timestep is None or not (state.learning or state.needs_region):
         return [0]
-    return region_of(timestep_value(bound, timestep, model), timestep, state.num_regions)
+    if torch.compiler.is_exporting():
+        raise UnsupportedError(_IN_A_GRAPH)
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=_IN_A_GRAPH)
+    return regions_of_call(model, state, bound)
+
+
+def regions_of_call(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> list[int]:
+    """Regions of the samples of a bound call of the root, one entry where all share a timestep."""
+    timestep = state.plan.timestep
+    return [0] if timestep is None else region_of(timestep_value(bound, timestep, model), timestep, state.num_regions)
+
+
+def group_samples(regions: list[int]) -> dict[int, Tensor]:
+    """Samples by their region, int64, regions in the order in which they come."""
+    return {
+        region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
+    }
 
 
 def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> None:
@@ -137,7 +161,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if state.dense:
         state.current.trajectory = None
         return None
-    if not (state.learning or state.varies_by_region or state.config.skip == "reuse"):
+    if not (state.learning or state.needs_region or state.config.skip == "reuse"):
         return None
     bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
     follow_trajectory(model, state, bound)
@@ -150,11 +174,10 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if state.current.trajectory is not None:
         raise UnsupportedError(
             f"the samples of this batch lie in timestep regions {sorted(set(regions))}, and with skip='reuse' a batch takes its "
-            "steps together. Call the model with samples of one region at a time, or use a table with equal rows."
+            "steps together. Call the model with samples of one region at a time, or use a table with equal rows and "
+            "router='token'."
         )
-    groups = {
-        region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
-    }
+    groups = group_samples(regions)
     first = pick_samples(model, state, groups[regions[0]], args, kwargs)
     state.current.split = (groups, args, kwargs)
     return first
@@ -198,7 +221,7 @@ def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Modu
     if not isinstance(value, Tensor | int | float):
         raise UnsupportedError(
             f"{type(model).__name__} is called without its timestep input {timestep.argument!r} (found {type(value).__name__}), so "
-            "the row of its ratio table is unknown. Pass the timestep, or use a table with equal rows."
+            "its timestep region is unknown. Pass the timestep, or use a table with equal rows and router='token'."
         )
     return value
 

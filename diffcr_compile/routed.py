@@ -229,6 +229,12 @@ class ModelRouting(_Whole):
         """Whether some block's ratio depends on the timestep."""
         return any(ratio != block.ratios[0] for block in self.blocks for ratio in block.ratios)
 
+    @property
+    def needs_region(self) -> bool:
+        """Whether a forward depends on its timestep region: by ratios that differ, or by routers that see the timestep."""
+        sees = self.config.router == "timestep" and self.num_regions > 1 and self.routes
+        return sees or self.varies_by_region
+
     def sync_with_masters(self) -> None:
         """Where an optimiser has moved the masters, put every block at its nearest bin (DiffCR, section 3)."""
         masters = self.masters
@@ -393,9 +399,15 @@ def _write_context(module: nn.Module, routing: BlockRouting, program: Program, b
 
 
 def forward_at(
-    module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None = None
+    module: nn.Module,
+    ratio: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recalled: Recalled | None = None,
+    vector: Tensor | None = None,
 ) -> Any:
-    """The block ``module`` at a ratio in thousandths: the original call at zero, else its program."""
+    """The block ``module`` at a ratio in thousandths: the original call at zero, else its program. ``vector``: of its router, where
+    the region is not to be read here."""
     routing: BlockRouting = module.__dict__[STATE]
     memory, empty = recalled or (None, False)
     if ratio == 0 and memory is None and not routing.model.observers:
@@ -417,7 +429,7 @@ def forward_at(
         block = _block(module, routing, plan)
         if memory is None and routing.model.config.skip == "reuse":
             memory = blank(plan, values)
-        output, kept = program(block, router_weight(module), k, values, memory)
+        output, kept = program(block, router_vector(module) if vector is None else vector, k, values, memory)
     if routing.model.observers:
         _observe(routing, plan, values, kept, k)
     return output
@@ -461,9 +473,15 @@ def _run_dense(
 
 
 def router_weight(module: nn.Module) -> Tensor:
-    """The router's vector (D,) of a routed block."""
+    """The router's parameter of a routed block: (D,), or (num_regions, D) where it sees the timestep."""
     router = getattr(module, ROUTER)
     return router.weight
+
+
+def router_vector(module: nn.Module) -> Tensor:
+    """What scores a routed block's tokens in the forward under way: (D,)."""
+    weight = router_weight(module)
+    return weight if weight.ndim == 1 else weight[module.__dict__[STATE].model.region()]
 
 
 def _observe(routing: BlockRouting, plan: BlockPlan, values: list[Any], kept: Tensor | None, k: int) -> None:

@@ -1,4 +1,4 @@
-"""The router of one block: a bias-free vector that scores tokens."""
+"""The router of one block: a bias-free vector that scores tokens, or one for each timestep region."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from torch import nn
 
 
 class Router(nn.Module):
-    """Holds one vector ``weight`` (D,), in the block's dtype and on its device.
+    """Holds ``weight``, in the block's dtype and on its device: one vector (D,), or where the router sees the timestep one for each
+    region, (R, D). A bias that depends on the timestep would add the same to every token's score and change nothing.
 
     Not an ``nn.Linear``, which quantisation, adapters and layerwise casting would take for one of the model's; and absent
     from state dicts in both directions, so that a dense checkpoint loads strictly and a saved one is plain. Routers are
-    saved with ``diffcr_compile.save``. The start is drawn from a generator seeded by the block's name: different scores
-    from the first call on (equal ones would make top-k keep whatever comes first), and no draw from the global generator.
+    saved with ``diffcr_compile.save``. The start, the same in all regions, is drawn from a generator seeded by the block's name:
+    different scores from the first call on (equal ones would make top-k keep whatever comes first), and no draw from the global
+    generator.
     """
 
-    def __init__(self, width: int, fqn: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, width: int, fqn: str, *, dtype: torch.dtype, device: torch.device, num_regions: int | None = None
+    ) -> None:
         super().__init__()
         seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7])
         start = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+        if num_regions is not None:
+            start = start.repeat(num_regions, 1)
         self.weight = nn.Parameter(start.to(dtype=dtype, device=device))
         vars(self)["_taken"] = self.weight
 

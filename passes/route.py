@@ -40,12 +40,18 @@ def _check_forward(module: nn.Module, fqn: str) -> None:
 
 
 def plan_model(analysis: ModelAnalysis) -> ModelPlan:
-    """The finished plan. Raises BlockNotFoundError, listing every candidate with its reason, where nothing can be routed."""
+    """The finished plan. Raises BlockNotFoundError, listing every candidate with its reason, where nothing can be routed;
+    UnsupportedError where routers are to see a timestep that the model does not take."""
     if not analysis.sites:
         found = "\n".join(f"  - {refusal}" for refusal in analysis.refusals) or "  - no module takes and returns tokens"
         raise BlockNotFoundError(
             f"nothing in {type(analysis.model).__name__} can be routed; expected at least one module with attention over tokens "
             f"and a residual join. Candidates:\n{found}\nChange filter_fn or min_flops_share if they left blocks out."
+        )
+    if analysis.config.router == "timestep" and analysis.timestep is None:
+        raise UnsupportedError(
+            f"router='timestep' needs to know which input of {type(analysis.model).__name__} is the timestep "
+            f"({analysis.timestep_note}). Name it by DiffCRConfig(timestep_argument=...), or use router='token'."
         )
     family_flops = [0] * len(analysis.families)
     for site in analysis.sites:
@@ -74,11 +80,12 @@ def route_blocks(
     programs = [write_program(family, state.config) for family in plan.families]
     modules = [model.get_submodule(site.fqn) for site in plan.sites]
     reference = next(model.parameters(), None)
+    state.plan = plan
+    num_vectors = state.num_regions if state.config.router == "timestep" else None
     routers = [
-        _make_router(module, site.fqn, plan.families[site.family].width, reference)
+        _make_router(module, site.fqn, plan.families[site.family].width, reference, num_vectors)
         for site, module in zip(plan.sites, modules, strict=True)
     ]
-    state.plan = plan
     state.rebuild = functools.partial(_rebuild, state.config)
     for index, (site, module) in enumerate(zip(plan.sites, modules, strict=True)):
         program, base = programs[site.family], type(module).forward
@@ -108,9 +115,11 @@ def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan,
         ) from refused
 
 
-def _make_router(module: nn.Module, fqn: str, width: int, reference: nn.Parameter | None) -> Router:
+def _make_router(
+    module: nn.Module, fqn: str, width: int, reference: nn.Parameter | None, num_regions: int | None
+) -> Router:
     _check_forward(module, fqn)
     parameter = next(module.parameters(), reference)
     if parameter is None:
         raise UnsupportedError(f"{fqn} has no parameters, so nothing tells a router's dtype and device")
-    return Router(width, fqn, dtype=parameter.dtype, device=parameter.device)
+    return Router(width, fqn, dtype=parameter.dtype, device=parameter.device, num_regions=num_regions)

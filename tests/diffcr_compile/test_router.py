@@ -8,8 +8,8 @@ from torch import nn
 from diffcr_compile.router import Router
 
 
-def make(fqn: str) -> Router:
-    return Router(16, fqn, dtype=torch.bfloat16, device=torch.device("cpu"))
+def make(fqn: str, num_regions: int | None = None) -> Router:
+    return Router(16, fqn, dtype=torch.bfloat16, device=torch.device("cpu"), num_regions=num_regions)
 
 
 def test_the_start_depends_on_the_name_alone() -> None:
@@ -25,6 +25,12 @@ def test_dtype_and_shape_are_the_blocks() -> None:
     assert (weight.dtype, tuple(weight.shape)) == (torch.bfloat16, (16,))
     assert isinstance(weight, nn.Parameter)
     assert not isinstance(make("blocks.0"), nn.Linear)
+
+
+def test_one_vector_for_each_region_starts_as_the_one_for_all() -> None:
+    weight = make("blocks.0", 3).weight
+    assert (weight.dtype, tuple(weight.shape)) == (torch.bfloat16, (3, 16))
+    assert all(torch.equal(row, make("blocks.0").weight) for row in weight)
 
 
 def test_state_dicts_know_nothing_of_it() -> None:
