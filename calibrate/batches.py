@@ -57,10 +57,10 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -
     """The same samples, put together so that each batch lies in one timestep region.
 
     A batch of samples from all regions runs as several small forwards, one for each. Batches are left as they are where that is
-    so already, or where the model's batch axes were not proved.
+    so already, where the model's batch axes were not proved, or where their halves belong together.
     """
     timestep, axes = state.plan.timestep, state.plan.input_batch_axes
-    if timestep is None or state.num_regions == 1:
+    if timestep is None or state.num_regions == 1 or state.config.guidance == "shared":
         return batches
     names = positional_names(type(model).forward)
     piles: dict[Any, list[Batch]] = {}
@@ -92,7 +92,7 @@ def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batc
         if state.config.router == "token":
             yield batch
             continue
-        groups = group_samples(regions_of_call(model, state, batch))
+        groups = group_samples(state, regions_of_call(model, state, batch))
         for region, samples in groups.items():
             part = batch
             if len(groups) > 1:

@@ -17,7 +17,7 @@ from ..arguments import bind_arguments, iterate_leaves
 from ..errors import CalibrationError
 from ..learning import dense
 from ..memory import foretell
-from ..primitives import score_tokens
+from ..primitives import score_tokens, share_scores
 from ..ratios import BIN, SCALE
 from ..region import regions_of_call, timestep_value
 from ..routed import BlockRouting, ModelRouting, router_vector
@@ -93,7 +93,7 @@ class _Meter:
             errors = self._stale_errors(update)
         else:
             scores = score_tokens(values[plan.stream], router_vector(module), plan.token_axis, plan.batch_axis)
-            errors = self._omitted(update, scores)
+            errors = self._omitted(update, share_scores(scores) if self.config.guidance == "shared" else scores)
         if errors is not None:
             self._add(errors / scale.clamp(min=1e-12))
 

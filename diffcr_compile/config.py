@@ -15,6 +15,7 @@ Context = Literal["kept", "all"]
 Selection = Literal["score", "turn", "score and turn"]
 MemoryDtype = Literal["float32", "bfloat16", "float16"]
 RouterInput = Literal["token", "timestep"]
+Guidance = Literal["separate", "shared"]
 Estimator = Literal["two-bin", "single-pass"]
 BudgetKind = Literal["flops", "tokens", "latency"]
 Trainable = Literal["all", "lora", "routers"]
@@ -87,6 +88,11 @@ class DiffCRConfig(_Options):
     router: what a router sees; ``"token"`` (the paper): one vector a block scores tokens at every timestep; ``"timestep"``: one
         vector for each timestep region, so that which tokens matter may change on the way from noise to picture. Needs a timestep
         input; samples of one batch in different regions then run region by region, with any table.
+    guidance: which tokens the two halves of a batch keep where guidance runs in one call, unconditional samples beside
+        conditional ones; ``"separate"``: each sample its own; ``"shared"``: samples i and i + B / 2 the same, those with the
+        highest mean of both scores, so that guidance subtracts like from like. Samples then depend on each other, on purpose. Every
+        routed call must be such a batch: an odd one is refused. Guidance in two calls is not noticed, and an even batch there would
+        pair pictures that have nothing to do with each other: leave it separate.
     gate: how the router's score enters a kept token. ``"exact"``: value one, gradient of log-sigmoid. ``"sigmoid"``: the
         paper's, which multiplies the update and so changes a routed block's values from the start.
     min_flops_share: families of blocks with a smaller share of the model's FLOPs stay dense, in [0, 1].
@@ -100,6 +106,7 @@ class DiffCRConfig(_Options):
     context: Context = None  # type: ignore[assignment]
     selection: Selection = None  # type: ignore[assignment]
     router: RouterInput = "token"
+    guidance: Guidance = "separate"
     extrapolation: int = 1
     memory_dtype: MemoryDtype | None = None
     gate: Gate = "exact"
@@ -126,8 +133,12 @@ class DiffCRConfig(_Options):
                 f"selection={self.selection!r} counts the steps since a token's last update: it needs skip='reuse'"
             )
         _check_choice("router", self.router, get_args(RouterInput))
-        if self.selection == "turn" and self.router != "token":
-            raise ValueError(f"selection='turn' asks no router: expected router='token', found {self.router!r}")
+        _check_choice("guidance", self.guidance, get_args(Guidance))
+        if self.selection == "turn" and (self.router, self.guidance) != ("token", "separate"):
+            raise ValueError(
+                "selection='turn' asks no router, and all samples keep the same tokens: expected router='token' and "
+                f"guidance='separate', found {self.router!r} and {self.guidance!r}"
+            )
         _check_choice("gate", self.gate, get_args(Gate))
         _check_share("min_flops_share", self.min_flops_share)
         if self.timestep_range is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Estimator
-from .primitives import lay_along, score_tokens
+from .primitives import lay_along, score_tokens, share_scores
 from .ratios import BIN, SCALE, capacity, neighbour_bins
 from .routed import BlockRouting, forward_at, prepare_context, router_vector
 
@@ -54,6 +54,8 @@ def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...],
     plan = program.plan
     tokens = values[plan.stream]
     scores = score_tokens(tokens, router_vector(module), plan.token_axis, plan.batch_axis)
+    if routing.model.config.guidance == "shared":
+        scores = share_scores(scores)
     num_tokens = scores.shape[1]
     most, least = (capacity(num_tokens, ratio) for ratio in (low, high))
     between = scores.argsort(dim=1, descending=True)[:, (least if plan.can_skip_block else max(least, 1)) : most]

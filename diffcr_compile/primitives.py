@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import iterate_leaves, map_leaves
+from .errors import UnsupportedError
 
 
 def score_tokens(x: Tensor, weight: Tensor, token_axis: int, batch_axis: int) -> Tensor:
@@ -29,6 +30,26 @@ def score_tokens(x: Tensor, weight: Tensor, token_axis: int, batch_axis: int) ->
 def select_tokens(scores: Tensor, k: int) -> Tensor:
     """Positions of the ``k`` highest scores of each sample, in rising order: int64 (B, K). 0 < k <= N."""
     return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def share_scores(scores: Tensor) -> Tensor:
+    """The mean score of each guidance pair, samples i and i + B / 2, for both of them: float32 (B, N).
+
+    Raises UnsupportedError for an odd batch.
+    """
+    half = half_of(scores.shape[0])
+    mean = (scores[:half] + scores[half:]) / 2
+    return torch.cat([mean, mean])
+
+
+def half_of(batch: int) -> int:
+    """Half a batch of guidance pairs. Raises UnsupportedError where it is odd."""
+    if batch % 2:
+        raise UnsupportedError(
+            f"guidance='shared' pairs each sample with one in the other half of its batch, and this batch is odd ({batch}). Call "
+            "the model with the unconditional samples beside the conditional ones, or transform it with guidance='separate'."
+        )
+    return batch // 2
 
 
 def place_indices(kept: Tensor, before: int, num_tokens: int, after: int) -> Tensor:

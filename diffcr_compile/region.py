@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_arguments
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
+from .primitives import half_of
 from .routed import ModelRouting, routing_of, settle
 from .trajectory import Trajectory
 
@@ -73,6 +74,9 @@ def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]
 
     In a graph of one's own it can't be read: the graph breaks here. Raises UnsupportedError where that is an exported one.
     """
+    routes = state.learning is not None or state.routes
+    if state.config.guidance == "shared" and routes:
+        _check_pairs(state, bound)
     if state.plan.timestep is None or not (state.learning or state.needs_region):
         return [0]
     if torch.compiler.is_exporting():
@@ -88,8 +92,27 @@ def regions_of_call(model: nn.Module, state: ModelRouting, bound: dict[str, Any]
     return [0] if timestep is None else region_of(timestep_value(bound, timestep, model), timestep, state.num_regions)
 
 
-def group_samples(regions: list[int]) -> dict[int, Tensor]:
-    """Samples by their region, int64, regions in the order in which they come."""
+def _check_pairs(state: ModelRouting, bound: dict[str, Any]) -> None:
+    """Raises UnsupportedError for an odd batch: here, where no graph that is being compiled makes it another error."""
+    axes = state.plan.input_batch_axes
+    sizes = [
+        leaf.shape[axes[path]] for path, leaf in iterate_leaves(bound) if path in axes and isinstance(leaf, Tensor)
+    ]
+    if sizes:
+        half_of(max(sizes))
+
+
+def group_samples(state: ModelRouting, regions: list[int]) -> dict[int, Tensor]:
+    """Samples by their region, int64, regions in the order in which they come.
+
+    Raises UnsupportedError where guidance pairs would be parted.
+    """
+    half = len(regions) // 2
+    if state.config.guidance == "shared" and len(set(regions)) > 1 and regions[:half] != regions[half:]:
+        raise UnsupportedError(
+            f"with guidance='shared' samples i and i + B / 2 keep the same tokens, and those of this batch lie in different "
+            f"timestep regions {regions}. Give both halves the same timesteps, or transform with guidance='separate'."
+        )
     return {
         region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
     }
@@ -161,7 +184,8 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if state.dense:
         state.current.trajectory = None
         return None
-    if not (state.learning or state.needs_region or state.config.skip == "reuse"):
+    config = state.config
+    if not (state.learning or state.needs_region or config.skip == "reuse" or config.guidance == "shared"):
         return None
     bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
     follow_trajectory(model, state, bound)
@@ -177,7 +201,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             "steps together. Call the model with samples of one region at a time, or use a table with equal rows and "
             "router='token'."
         )
-    groups = group_samples(regions)
+    groups = group_samples(state, regions)
     first = pick_samples(model, state, groups[regions[0]], args, kwargs)
     state.current.split = (groups, args, kwargs)
     return first

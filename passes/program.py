@@ -62,6 +62,8 @@ class _Writer:
         self.leaves = [self.graph.placeholder(leaf.name) for leaf in plan.leaves]
         axes = (plan.token_axis, plan.batch_axis)
         scores = self._call("scores", primitives.score_tokens, self.leaves[plan.stream], router, *axes)
+        if self.config.guidance == "shared":
+            scores = self._call("shared_scores", primitives.share_scores, scores)
         self.kept = self._call("kept", primitives.select_tokens, self._priority(scores), k)
         self._joint: dict[TokenAxis, fx.Node] = {}
         taken = [self._take(index, leaf) for index, leaf in enumerate(plan.leaves)]
