@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from diffcr_compile import CalibrationConfig, DiffCRConfig
 HERE = Path(__file__).parent
 BATCH, NUM_BATCHES = 8, 48
 SAMPLER_STEPS = 20
+GUIDANCE = 3.0
 RECORDED = 4
 TIMESTEPS = 1000
 
@@ -52,11 +53,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Made:
-    """A model ready to sample, how many steps it takes, and the share of the dense sampling's FLOPs that it then has."""
+    """A model ready to sample, how many steps it takes, the share of the dense sampling's FLOPs that it then has, and the guidance
+    that it is sampled with (1: none)."""
 
     model: nn.Module
     steps: int
     share: float
+    guidance: float = 1.0
 
 
 def training_batches(seed: int) -> list[dict[str, Tensor]]:
@@ -208,6 +211,32 @@ def ours_with_context(batches: list[dict[str, Tensor]], budget: float, steps: in
     return trained(model, batches, budget, distil=True, steps=steps, seed=seed)
 
 
+def ours_timestep(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The default with routers that see the timestep."""
+    return trained(routed(batches, router="timestep"), batches, budget, distil=True, steps=steps, seed=seed)
+
+
+def guided(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The first half of every batch, and the same once more without its labels: what guidance in one call is fed."""
+    half = BATCH // 2
+    paired = [{name: torch.cat([value[:half]] * 2) for name, value in batch.items()} for batch in batches]
+    for batch in paired:
+        batch["class_labels"][half:] = digits.EMPTY_LABEL
+    return paired
+
+
+def with_guidance(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int, **options: Any) -> Made:
+    """The default, learned on guidance batches and sampled with guidance."""
+    batches = guided(batches)
+    made = trained(routed(batches, **options), batches, budget, distil=True, steps=steps, seed=seed)
+    return replace(made, guidance=GUIDANCE)
+
+
+def with_shared_guidance(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The same, but both halves keep the same tokens."""
+    return with_guidance(batches, budget, steps, seed, guidance="shared")
+
+
 def training_free(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
     """Tokens in turn, updates reused and extrapolated, full context; the table from one dense sampling."""
     model = routed(batches, skip="reuse", num_regions=10)
@@ -236,6 +265,9 @@ METHODS: dict[str, Callable[..., Made]] = {
     "DiffCR-LT, paper's recipe": papers_recipe,
     "ours, all context": ours_with_context,
     "ours, LoRA": ours_low_rank,
+    "ours, routers see the timestep": ours_timestep,
+    "ours, guided": with_guidance,
+    "ours, guided, shared": with_shared_guidance,
 }
 
 
@@ -248,7 +280,7 @@ class Bench:
         self.classifier = digits.load_classifier()
         real, _ = digits.pictures(5 * settings.samples, torch.Generator().manual_seed(11), train=False)
         self.real = self.classifier.features(real).detach()
-        self.references: dict[int, Tensor] = {}
+        self.references: dict[tuple[int, float], Tensor] = {}
 
     def run(self, method: str, make: Callable[..., Made], budget: float, seed: int) -> None:
         """One cell, unless it is known."""
@@ -263,13 +295,13 @@ class Bench:
             return
         seconds = time.perf_counter() - start
         labels = torch.arange(self.settings.samples) % digits.NUM_CLASSES
-        images = self._sample(made.model, made.steps, seed)
+        images = self._sample(made.model, made.steps, seed, made.guidance)
         self.cells[key] = {
             "method": method,
             "budget": budget,
             "seed": seed,
             "share": made.share,
-            "moved": digits.distance(images, self._reference(seed)),
+            "moved": digits.distance(images, self._reference(seed, made.guidance)),
             "frechet": digits.frechet_distance(self.real, self.classifier.features(images).detach()),
             "accuracy": digits.class_accuracy(images, labels, self.classifier),
             "seconds": seconds,
@@ -277,15 +309,15 @@ class Bench:
         record = {"torch": torch.__version__, "command": f"python {shlex.join(sys.argv)}", "cells": self.cells}
         self.file.write_text(json.dumps(record, indent=1) + "\n")
 
-    def _sample(self, model: nn.Module, steps: int, seed: int) -> Tensor:
+    def _sample(self, model: nn.Module, steps: int, seed: int, guidance: float) -> Tensor:
         generator = torch.Generator().manual_seed(1000 + seed)
         labels = torch.arange(self.settings.samples) % digits.NUM_CLASSES
-        return digits.sample(model.eval(), labels, steps=steps, generator=generator)
+        return digits.sample(model.eval(), labels, steps=steps, guidance=guidance, generator=generator)
 
-    def _reference(self, seed: int) -> Tensor:
-        if seed not in self.references:
-            self.references[seed] = self._sample(digits.load_model(), SAMPLER_STEPS, seed)
-        return self.references[seed]
+    def _reference(self, seed: int, guidance: float) -> Tensor:
+        if (seed, guidance) not in self.references:
+            self.references[seed, guidance] = self._sample(digits.load_model(), SAMPLER_STEPS, seed, guidance)
+        return self.references[seed, guidance]
 
 
 def as_markdown(cells: list[dict[str, Any]], settings: Settings, command: str) -> str:
@@ -295,7 +327,8 @@ def as_markdown(cells: list[dict[str, Any]], settings: Settings, command: str) -
         "",
         f"`{command}`, torch {torch.__version__}, CPU, float32, digits DiT (8 blocks, 256 tokens), "
         f"{settings.training_steps} training steps of batch {BATCH} where anything is trained, {settings.samples} samples, "
-        f"{SAMPLER_STEPS} DDIM steps, no guidance. Share: FLOPs of the sampling over the dense one's. Moved: mean squared distance "
+        f"{SAMPLER_STEPS} DDIM steps, no guidance (rows named guided: {GUIDANCE:g}, moved from dense samples with it). "
+        "Share: FLOPs of the sampling over the dense one's. Moved: mean squared distance "
         "from the dense samples, equal noise. Fréchet: to held-out real digits, comparable within this page. Accuracy: the asked "
         "class, by a classifier. Seconds: to make the model, search for blocks and dense outputs included; they compare only where "
         "the machine was idle. Means over the seeds given; ± half their range.",
