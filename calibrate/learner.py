@@ -251,7 +251,8 @@ class Learner:
         for place in range(number):
             index = drawn(len(self.batches), self.step * number + place, self.config.seed + rank())
             value = self._loss(index) / number
-            value.backward()
+            if value.requires_grad:  # routers alone learn, and none of them had to choose here
+                value.backward()
             total += float(value.detach())
         return mean_over_processes(total)
 

@@ -106,6 +106,19 @@ def test_with_settle_one_the_table_stays(model: TinyDiT) -> None:
     assert torch.equal(diffcr_compile.ratios(model), report.table)
 
 
+@pytest.mark.parametrize("row", [0.0, 1.0])
+def test_where_no_router_has_to_choose_a_step_moves_nothing(model: TinyDiT, row: float) -> None:
+    """Routers alone learn, and the table keeps or skips everything in a region: its batches have no gradient to give."""
+    diffcr_compile.set_ratios(model, [[row, row], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
+    batches = [tiny_inputs(SHAPE, num_tokens=40, timestep=step) for step in (10.0, 400.0)]
+    routers = [block.diffcr_router.weight for block in model.blocks]  # type: ignore[union-attr]
+    config = replace(QUICK, steps=2, settle=1.0, ramp=0.0, warm_start=False)
+    before = [router.detach().clone() for router in routers]  # type: ignore[operator]
+    report = diffcr_compile.calibrate(model, batches, budget=0.9, config=config)
+    assert len(report.history) == 2
+    assert all(not torch.equal(router, start) for router, start in zip(routers, before, strict=True))
+
+
 # Accumulation.
 
 
