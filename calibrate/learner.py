@@ -6,6 +6,7 @@ checkpoint holds. Batches are drawn by step and seed, so that a run that goes on
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from .examine import examine_routers, examine_table
 from .objective import dense_outputs, distillation_loss, output_tensors
 from .processes import average_gradients, mean_over_processes, rank, wait_for_all
 from .ratios import BudgetedRatios
+from .rehearsal import find_predecessors, rehearsed
 from .report import CalibrationReport
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
@@ -71,6 +73,7 @@ class Learner:
         self.model, self.state, self.task, self.config = model, state, task, task.config
         self.batches, self.checkpoint = batches, checkpoint
         self.targets: list[list[Tensor]] = []
+        self.before: list[list[int]] = []
         self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
         self.ratios = BudgetedRatios(learnables(model, state).ratios, task.costs, self.config.ratio_learning_rate)
         self.start_share = float(task.costs.expected_share(self.ratios.masters.detach()))
@@ -89,7 +92,10 @@ class Learner:
         if self.config.preset == "training-free":
             self._choose_tables()
         else:
-            if self.task.loss is None:
+            if self.state.config.skip == "reuse":
+                given = (model_inputs(self.model, batch) for batch in self.batches)
+                self.before = find_predecessors(self.model, self.state, given)
+            elif self.task.loss is None:
                 self.batches = by_region(self.model, self.state, self.batches)
             self._build_optimizer()
             if not self._resume():
@@ -103,8 +109,7 @@ class Learner:
 
     def _choose_tables(self) -> None:
         """The tables that suffer least, without learning."""
-        if self.state.config.selection != "turn":
-            self._warm_start()
+        self._warm_start()
         suffering = measure_suffering(self.model, self.state, self._all("dense forwards"))
         if self.state.config.skip == "identity":
             for budget in self.task.budgets:
@@ -168,7 +173,7 @@ class Learner:
             self._write_checkpoint()
 
     def _warm_start(self) -> None:
-        if self.config.warm_start and not self.state.trained:
+        if self.config.warm_start and not self.state.trained and self.state.config.selection != "turn":
             fit_routers(self.model, self.state, self._all("warm start"))
 
     def _take_present_table(self) -> None:
@@ -249,12 +254,28 @@ class Learner:
         number = self.config.accumulation
         total = 0.0
         for place in range(number):
-            index = drawn(len(self.batches), self.step * number + place, self.config.seed + rank())
-            value = self._loss(index) / number
-            if value.requires_grad:  # routers alone learn, and none of them had to choose here
-                value.backward()
+            index = self._drawn(self.step * number + place)
+            with self._rehearsed(index):
+                value = self._loss(index) / number
+                if value.requires_grad:  # routers alone learn, and none of them had to choose here
+                    value.backward()
             total += float(value.detach())
         return mean_over_processes(total)
+
+    def _drawn(self, draw: int) -> int:
+        """The batch of a draw; with reuse, of those that follow another in a trajectory."""
+        seed = self.config.seed + rank()
+        following = [index for index, before in enumerate(self.before) if before]
+        if following:
+            return following[drawn(len(following), draw, seed)]
+        return drawn(len(self.batches), draw, seed)
+
+    def _rehearsed(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """With reuse: what the steps before this batch leave in memory."""
+        if not self.before:
+            return contextlib.nullcontext()
+        before = [self._inputs(self.batches[place]) for place in self.before[index]]
+        return rehearsed(self.model, self.state, before, self._inputs(self.batches[index]))
 
     def _loss(self, index: int) -> Tensor:
         batch = to_device(self.model, self.batches[index])

@@ -23,6 +23,7 @@ from ..region import regions_of_call, timestep_value
 from ..routed import BlockRouting, ModelRouting, router_vector
 from ..trajectory import Trajectory
 from .batches import as_routers_see
+from .rehearsal import NO_TRAJECTORY
 
 OLDEST = 4
 """Ages, in steps, up to which an update is compared; what is older is taken to suffer as the square of its age."""
@@ -52,10 +53,7 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
         for handle in handles:
             handle.remove()
     if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):
-        raise CalibrationError(
-            "no batch continues another's trajectory, so what reuse costs can't be measured. Expected the denoiser's inputs in "
-            "the order of sampling, as diffcr_compile.record collects them."
-        )
+        raise CalibrationError(NO_TRAJECTORY)
     return torch.stack([meter.mean() for meter in meters], dim=1)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
-from ..errors import UnsupportedError
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
 from ..routed import ROUTER, ModelRouting, router_weight, settle
@@ -57,16 +56,20 @@ def calibrate(
     table is tried on the same batches beside others (one ratio for all; whole steps dense or skipped), each with and without
     extrapolation, and the one whose outputs stay nearest to the dense ones is taken; its first step is dense, as it will be.
 
-    Else the stages are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
+    Any other preset learns on top of reuse too, from batches in that same order: before each is learned from, up to four before it
+    in its trajectory are sampled again at the present table, the first of them densely, and a skipped token takes what they
+    foretell. Batches that begin a trajectory, whose step is dense in sampling, are not learned from.
+
+    The stages of learning are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
     bins under the exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and
     requires_grad are put back. A lowered model learns eagerly and stays lowered.
 
     In several processes (``torch.distributed``, ``accelerate launch``) each learns on the batches it is given; gradients are
     averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2.
 
-    Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, or a loss that is not finite or grows
-    beyond return: table and routers are then as before, and adapters are taken off), ArtefactError (the checkpoint is damaged or of
-    other settings), UnsupportedError, NotTransformedError, ValueError.
+    Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, with reuse none that follows another, or a
+    loss that is not finite or grows beyond return: table and routers are then as before, and adapters are taken off),
+    ArtefactError (the checkpoint is damaged or of other settings), UnsupportedError, NotTransformedError, ValueError.
     """
     model = unwrap(model)
     budgets = _check_budgets(budget)
@@ -74,7 +77,7 @@ def calibrate(
     inputs = to_device(model, read[0] if loss is None else model_inputs(model, read[0]))
     state = settle(model, inputs)
     config = config or CalibrationConfig(preset="training-free" if state.config.skip == "reuse" else "default")
-    _check_task(state, budgets, config)
+    _check_task(budgets, config)
     flops = of_first_process(measure_costs(model, inputs))
     kept = None
     if checkpoint is not None:
@@ -99,12 +102,7 @@ def _check_budgets(budget: float | Sequence[float]) -> tuple[float, ...]:
     return budgets
 
 
-def _check_task(state: ModelRouting, budgets: tuple[float, ...], config: CalibrationConfig) -> None:
-    if state.config.skip == "reuse" and config.preset != "training-free":
-        raise UnsupportedError(
-            "the model was transformed with skip='reuse', which takes steps of one trajectory, and learning takes single steps. "
-            "Use CalibrationConfig(preset='training-free') on recorded batches, or transform with skip='identity'."
-        )
+def _check_task(budgets: tuple[float, ...], config: CalibrationConfig) -> None:
     if len(budgets) > 1 and config.settle == 1:
         raise ValueError("with settle=1 the present table stays, which has one cost: give one budget, or lower settle")
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Estimator
+from .memory import older_and_higher, oldest_first
 from .primitives import lay_along, score_tokens, share_scores
 from .ratios import BIN, SCALE, capacity, neighbour_bins
-from .routed import BlockRouting, forward_at, prepare_context, router_vector
+from .routed import BlockRouting, Recalled, forward_at, prepare_context, router_vector
 
 Estimate = Callable[[nn.Module, BlockRouting, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -28,8 +29,8 @@ def two_bin(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwa
     the ratio is <dL/dout, upper - lower> / width everywhere.
     """
     low, high, weight = _place(routing)
-    lower = forward_at(module, low, *_own_tokens(routing, args, kwargs))
-    upper = forward_at(module, high, args, kwargs)
+    lower = forward_at(module, low, *_own_tokens(routing, args, kwargs), _look(routing, args, kwargs) if low else None)
+    upper = forward_at(module, high, args, kwargs, _look(routing, args, kwargs))
     others = iter([leaf for _, leaf in iterate_leaves(upper) if isinstance(leaf, Tensor)])
 
     def mix(_: Any, leaf: Any) -> Any:
@@ -45,30 +46,39 @@ def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...],
     """One forward, at the larger of the two bins; the tokens that the smaller one leaves out get ``1 - w`` of their update.
 
     At a bin the value is that bin's. The slope is <dL/dout, -update> over the tokens between the bins, divided by the width: the
-    two-bin slope but for what those tokens' keys and values give the others.
+    two-bin slope but for what those tokens' keys and values give the others. With reuse rehearsed, an update counts from what the
+    memory foretells.
     """
     low, high, weight = _place(routing)
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
-    plan = program.plan
+    plan, config = program.plan, routing.model.config
+    recalled = _look(routing, args, kwargs)
+    memory = None if recalled is None else recalled[0]
     tokens = values[plan.stream]
     scores = score_tokens(tokens, router_vector(module), plan.token_axis, plan.batch_axis)
-    if routing.model.config.guidance == "shared":
+    if config.guidance == "shared":
         scores = share_scores(scores)
     num_tokens = scores.shape[1]
     most, least = (capacity(num_tokens, ratio) for ratio in (low, high))
-    between = scores.argsort(dim=1, descending=True)[:, (least if plan.can_skip_block else max(least, 1)) : most]
+    priority = scores
+    if memory is not None and config.selection != "score":
+        turn = config.selection == "turn"
+        priority = oldest_first(memory) if turn else older_and_higher(scores, memory)
+    between = priority.argsort(dim=1, descending=True)[:, (least if plan.can_skip_block else max(least, 1)) : most]
     factor = torch.zeros_like(scores).scatter(1, between, -weight.to(scores).expand(between.shape))
-    if low == 0:  # the dense call has no gate: the router's gradient enters here, as gate_exact lets it
+    if (
+        low == 0 and config.selection != "turn"
+    ):  # a dense call has no gate: the router's gradient enters as gate_exact lets it
         log_gate = nn.functional.logsigmoid(scores)
         factor = factor + (log_gate - log_gate.detach())
     skips_all = high == SCALE and plan.can_skip_block
     before = [
-        program.before(index, values) if output.routed or skips_all else None
+        program.fallback(index, values, memory) if output.routed or skips_all else None
         for index, output in enumerate(plan.outputs)
     ]
-    output = forward_at(module, low, *_own_tokens(routing, args, kwargs))
+    output = forward_at(module, low, *_own_tokens(routing, args, kwargs), recalled if low else None)
     places = iter(zip(plan.outputs, before, strict=True))
 
     def fade(_: Any, leaf: Any) -> Any:
@@ -94,6 +104,16 @@ def estimate(
     """The block's output by the estimator of that name, after its graph for full context has been brought up to date."""
     prepare_context(module, routing, args, kwargs)
     return ESTIMATORS[name](module, routing, args, kwargs)
+
+
+def _look(routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recalled | None:
+    """What was rehearsed for this block, a copy each time; None where nothing was."""
+    rehearsal = routing.model.rehearsal
+    if rehearsal is None:
+        return None
+    bound = bind_arguments(routing.positional, args, kwargs)
+    program = routing.program(bound)
+    return rehearsal.look(routing.index, program.plan, program.values(bound, routing.fqn), routing.model.config)
 
 
 def _place(routing: BlockRouting) -> tuple[int, int, Tensor]:

@@ -36,7 +36,8 @@ def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[
             (loss(model) + 0.3 * diffcr_compile.budget_loss(model, 0.8)).backward()
 
     A forward at ratio zero has the values of the original model. After an optimiser step on ``learnable.ratios`` the table in
-    force, and ``ratios(model)``, are its nearest bins.
+    force, and ``ratios(model)``, are its nearest bins. With ``skip="reuse"`` a trainer of one's own has no memory, and skipped
+    tokens bypass their block; ``calibrate`` fills one before each forward.
 
     estimator: ``"two-bin"`` (the paper): each block runs at both neighbouring bins and their outputs are mixed; ``"single-pass"``:
     it runs at the larger one, and the tokens that the smaller leaves out get a share of their update.

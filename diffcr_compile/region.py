@@ -102,6 +102,17 @@ def _check_pairs(state: ModelRouting, bound: dict[str, Any]) -> None:
         half_of(max(sizes))
 
 
+def in_one_region(regions: list[int]) -> int:
+    """The region of all samples. Raises UnsupportedError where they lie in several, which a trajectory can't."""
+    if len(set(regions)) > 1:
+        raise UnsupportedError(
+            f"the samples of this batch lie in timestep regions {sorted(set(regions))}, and with skip='reuse' a batch takes its "
+            "steps together. Call the model with samples of one region at a time, or use a table with equal rows and "
+            "router='token'."
+        )
+    return regions[0]
+
+
 def group_samples(state: ModelRouting, regions: list[int]) -> dict[int, Tensor]:
     """Samples by their region, int64, regions in the order in which they come.
 
@@ -121,9 +132,10 @@ def group_samples(state: ModelRouting, regions: list[int]) -> dict[int, Tensor]:
 def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> None:
     """With reuse, and where anything is skipped: this forward continues this thread's trajectory, or begins a new one.
 
-    Not while learning, which has no trajectory: skipped tokens bypass their block then. One read of the timestep by the host.
+    Not while learning, which follows none: what its skipped tokens take is what was rehearsed, or nothing, and they bypass their
+    block. One read of the timestep by the host.
     """
-    if state.config.skip != "reuse" or state.plan is None or state.plan.timestep is None:
+    if state.config.skip != "reuse" or state.plan is None or state.plan.timestep is None or state.rehearsal is not None:
         return
     current, timestep = state.current, state.plan.timestep
     if state.learning or state.dense or not state.routes:
@@ -136,10 +148,14 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
         )
     if current.trajectory is None:
         current.trajectory = Trajectory()
-    latents = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
-    grid = tuple(latents[0].shape[2:]) if latents and latents[0].dtype.is_floating_point else ()
     current.trajectory.trend = state.trend
-    current.trajectory.advance(timestep_value(bound, timestep, model), grid)
+    current.trajectory.advance(timestep_value(bound, timestep, model), latent_grid(bound))
+
+
+def latent_grid(bound: dict[str, Any]) -> tuple[int, ...]:
+    """(height, width) or (frames, height, width) of the latents that the root is called with; empty where there are none."""
+    latents = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
+    return tuple(latents[0].shape[2:]) if latents and latents[0].dtype.is_floating_point else ()
 
 
 def reset(model: nn.Module) -> None:
@@ -195,12 +211,8 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     state.current.region = state.last_region = regions[0]
     if len(set(regions)) == 1:
         return None
-    if state.current.trajectory is not None:
-        raise UnsupportedError(
-            f"the samples of this batch lie in timestep regions {sorted(set(regions))}, and with skip='reuse' a batch takes its "
-            "steps together. Call the model with samples of one region at a time, or use a table with equal rows and "
-            "router='token'."
-        )
+    if state.current.trajectory is not None or state.rehearsal is not None:
+        in_one_region(regions)
     groups = group_samples(state, regions)
     first = pick_samples(model, state, groups[regions[0]], args, kwargs)
     state.current.split = (groups, args, kwargs)

@@ -109,17 +109,17 @@ class Program:
     def skip(self, values: Sequence[Any], memory: Memory | None = None) -> Any:
         """The output of a block that is skipped whole: what came in, and what the memory foretells of the block's update."""
 
-        def fallback(_: Any, index: int | None) -> Tensor | None:
-            if index is None:
-                return None
-            output = self.plan.outputs[index]
-            before = self.before(index, values)
-            if memory is None or not output.routed:
-                return before
-            routed = sum(other.routed for other in self.plan.outputs[:index])
-            return resume_tokens(before, memory, routed, output.dims.index("N"), output.batch_axis)
+        return map_leaves(
+            lambda _, index: None if index is None else self.fallback(index, values, memory), self.plan.output_template
+        )
 
-        return map_leaves(fallback, self.plan.output_template)
+    def fallback(self, index: int, values: Sequence[Any], memory: Memory | None = None) -> Tensor:
+        """What output ``index`` is where a token, or the whole block, is skipped."""
+        output, before = self.plan.outputs[index], self.before(index, values)
+        if memory is None or not output.routed:
+            return before
+        routed = sum(other.routed for other in self.plan.outputs[:index])
+        return resume_tokens(before, memory, routed, output.dims.index("N"), output.batch_axis)
 
     def before(self, index: int, values: Sequence[Any]) -> Tensor:
         """What output ``index`` falls back on: the input that it is joined to, or zeros."""
@@ -184,7 +184,8 @@ class ModelRouting(_Whole):
     plan: None while the search for blocks is ``deferred``. blocks: in order of first execution, the columns of the ratio
     table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
     integers were last taken from it. learning: what blocks compute while they learn; dense: every block as it was. trained: the
-    routers have been learned. lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed
+    routers have been learned. rehearsal: with reuse, what forwards that learn find remembered, and leave as it is.
+    lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed
     with. costs: the cost model on the inputs last measured. report: of the calibration that made the table. rebuild: rewrites a
     block's graph for full context where its modules have changed.
     trend: with reuse, the share of the extrapolated change that is taken.
@@ -203,6 +204,7 @@ class ModelRouting(_Whole):
     learning: Callable[..., Any] | None = None
     dense: bool = False
     trained: bool = False
+    rehearsal: Trajectory | None = None
     warned: bool = False
     lowered: Any = None
     example_inputs: dict[str, Any] = field(default_factory=dict)
@@ -352,8 +354,8 @@ def prepare(
 ) -> tuple[int, Recalled | None]:
     """What a forward of this block needs that no compiled graph can make: its ratio, its memory, its rewritten graph."""
     ratio, state = routing.ratio(), routing.model
-    trajectory = state.current.trajectory
-    remembers = trajectory is not None and any(routing.ratios)
+    trajectory = state.rehearsal or state.current.trajectory
+    remembers = trajectory is not None and (trajectory.fills or any(routing.ratios))
     if not remembers and (ratio == 0 or state.config.context == "kept"):
         return ratio, None
     bound = bind_arguments(routing.positional, args, kwargs)
@@ -363,6 +365,8 @@ def prepare(
         _write_context(module, routing, program, bound)  # adapters are put on and taken off between trajectories
     if trajectory is None or not remembers:
         return ratio, None
+    if state.rehearsal is not None:
+        return ratio, state.rehearsal.look(routing.index, program.plan, values, state.config)
     return ratio, trajectory.recall(routing.index, program.plan, values, state.config)
 
 

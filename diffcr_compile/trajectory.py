@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .config import DiffCRConfig
 from .errors import UnsupportedError
@@ -29,7 +30,8 @@ class Trajectory:
 
     now: the timestep of the forward under way, float32 (1,) or (B,). trend: how far updates are extrapolated. grid: size of the
     latents. slot: its place among the calls at that timestep. first:
-    whether it is the first of its slot, and so dense. memories: by (slot, block).
+    whether it is the first of its slot, and so dense. memories: by (slot, block). fills: every block remembers, even one that skips
+    nothing yet: a forward is to learn from it.
     """
 
     now: Tensor = field(default_factory=lambda: torch.zeros(1))
@@ -38,6 +40,7 @@ class Trajectory:
     slot: int = 0
     first: bool = True
     memories: dict[tuple[int, int], Memory] = field(default_factory=dict)
+    fills: bool = False
     ranks: dict[Any, Tensor] = field(default_factory=dict)
     _values: tuple[float, ...] = ()
     _direction: int = 0
@@ -48,10 +51,7 @@ class Trajectory:
 
     def advance(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
         """A forward at this timestep (a number, one value, or one per sample) on latents of this size begins. The host reads it."""
-        self.now = torch.as_tensor(timestep).detach().float()
-        self.now = self.now.reshape(len(self.now), -1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
-        self.grid = grid
-        self._recalled.clear()
+        self._arrive(timestep, grid)
         before, values = self._values, tuple(self.now.tolist())
         direction = _direction(before, values)
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
@@ -66,6 +66,17 @@ class Trajectory:
             self._values = values
         self.first = self.slot not in self._started
         self._started.add(self.slot)
+
+    def step(self, timestep: Tensor | float, grid: tuple[int, ...], *, first: bool) -> None:
+        """A forward begins that is known to be the first here, or to go on."""
+        self._arrive(timestep, grid)
+        self.first = first
+
+    def _arrive(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
+        self.now = torch.as_tensor(timestep).detach().float()
+        self.now = self.now.reshape(len(self.now), -1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
+        self.grid = grid
+        self._recalled.clear()
 
     def _continues(self, direction: int) -> bool:
         """Whether a step in this direction goes on.
@@ -95,6 +106,21 @@ class Trajectory:
         memory = self.memories[key] = writable(memory)
         return self._at_present(memory), empty
 
+    def look(self, index: int, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> tuple[Memory, bool]:
+        """As :meth:`recall`, for a forward that learns: a copy, so that what is written is lost and a block may run again.
+
+        Raises UnsupportedError where the memory does not fit the call.
+        """
+        memory = self.memories.get((self.slot, index))
+        if memory is None or not fits(memory, plan, values, config):
+            stream = values[plan.stream]
+            raise UnsupportedError(
+                f"what was remembered for a block does not fit a call with tokens {tuple(stream.shape)} in {stream.dtype}. With "
+                "skip='reuse' learning takes whole batches of a trajectory: let the loss call the model on the batch it is given, "
+                "and autocast go around calibrate."
+            )
+        return self._at_present(pytree.tree_map(torch.clone, memory)), False
+
     def recall_all(self, indices: list[int], shapes: Any) -> dict[int, tuple[Memory, bool]] | None:
         """Memories of all blocks in this slot, for a graph of the whole model; None where inputs of these shapes have none yet."""
         known, self._shapes[self.slot] = self._shapes.get(self.slot) == shapes, shapes
@@ -121,9 +147,9 @@ class Trajectory:
 
 
 def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> int:
-    """1 or -1 where all timesteps rise or fall, 0 where they are the same (of any number of samples), 2 where they do neither."""
+    """1 or -1 where all timesteps rise or fall, 0 where they are the same, 2 where they do neither."""
     if len(before) != len(after):
-        return 0 if set(before) == set(after) and len(set(after)) == 1 else 2
+        return 2
     signs = {0 if math.isclose(a, b) else (1 if a > b else -1) for a, b in zip(after, before, strict=True)}
     return signs.pop() if len(signs) == 1 else 2
 

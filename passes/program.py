@@ -176,11 +176,16 @@ class _Writer:
             base = self._call("blank", primitives.blank_tokens, result, num_tokens, axes[0])
         else:
             before, base = taken[output.source], self.leaves[output.source]
-        if index == self.plan.routed_output and self.config.selection != "turn":
-            kept_scores = self._call("kept_scores", primitives.take_scores, scores, self.kept)
-            result = self._call(f"gated_{index}", _GATES[self.config.gate], result, before, kept_scores, *axes)
+        skipped = before
+        gates = index == self.plan.routed_output and self.config.selection != "turn"
         if self.memory is not None:
             routed = len(self.updates)
-            self.updates.append(self._call(f"update_{index}", operator.sub, result, before))
             base = self._call(f"resumed_{index}", memory.resume_tokens, base, self.memory, routed, *axes)
+            if gates:
+                skipped = self._call(f"resumed_{index}_kept", primitives.take_tokens, base, self.kept, *axes)
+        if gates:
+            kept_scores = self._call("kept_scores", primitives.take_scores, scores, self.kept)
+            result = self._call(f"gated_{index}", _GATES[self.config.gate], result, skipped, kept_scores, *axes)
+        if self.memory is not None:
+            self.updates.append(self._call(f"update_{index}", operator.sub, result, before))
         return self._call(f"routed_{index}", primitives.put_tokens, base, self.kept, result, *axes)

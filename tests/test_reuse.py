@@ -302,10 +302,10 @@ def test_calibrate_without_training_prefers_the_steps_and_blocks_that_suffer_lea
     assert errors[0] < errors[1]
 
 
-def test_learning_needs_single_steps() -> None:
+def test_learning_needs_a_trajectory() -> None:
     model = transformed(skip="reuse")
     config = diffcr_compile.CalibrationConfig(steps=2)
-    with pytest.raises(diffcr_compile.UnsupportedError, match="training-free"):
+    with pytest.raises(diffcr_compile.CalibrationError, match="order of sampling"):
         diffcr_compile.calibrate(model, [tiny_inputs(PLAIN)], budget=0.9, config=config)
 
 

@@ -39,7 +39,9 @@ HERE = Path(__file__).parent
 BATCH, NUM_BATCHES = 8, 48
 SAMPLER_STEPS = 20
 GUIDANCE = 3.0
-RECORDED = 4
+RECORDED, LEARNED = 4, 4
+"""Pictures of one recorded sampling, and samplings that reuse is learned on."""
+
 TIMESTEPS = 1000
 
 
@@ -237,14 +239,41 @@ def with_shared_guidance(batches: list[dict[str, Tensor]], budget: float, steps:
     return with_guidance(batches, budget, steps, seed, guidance="shared")
 
 
+def samplings(model: nn.Module, number: int, seed: int) -> list[dict[str, Any]]:
+    """What the denoiser is fed in so many dense samplings, step by step."""
+    with diffcr_compile.record(model) as recorded:
+        for place in range(number):
+            generator = torch.Generator().manual_seed(seed + 1 + 1000 * place)
+            labels = torch.arange(place * RECORDED, (place + 1) * RECORDED) % digits.NUM_CLASSES
+            digits.sample(model, labels, steps=SAMPLER_STEPS, generator=generator)
+    return list(recorded)
+
+
 def training_free(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
     """Tokens in turn, updates reused and extrapolated, full context; the table from one dense sampling."""
     model = routed(batches, skip="reuse", num_regions=10)
-    with diffcr_compile.record(model) as recorded:
-        generator = torch.Generator().manual_seed(seed + 1)
-        digits.sample(model, torch.arange(RECORDED), steps=SAMPLER_STEPS, generator=generator)
-    diffcr_compile.calibrate(model, recorded, budget=budget)
+    diffcr_compile.calibrate(model, samplings(model, 1, seed), budget=budget)
     return Made(model, SAMPLER_STEPS, sampler_share(model))
+
+
+def learned_on_reuse(
+    batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int, trainable: str = "all", **options: Any
+) -> Made:
+    """Learning on top of reuse, from a few dense samplings, at the rate of the default."""
+    model = routed(batches, skip="reuse", **{"num_regions": 10, **options})
+    config = CalibrationConfig(steps=steps, seed=seed, trainable=trainable)  # type: ignore[arg-type]
+    diffcr_compile.calibrate(model, samplings(model, LEARNED, seed), budget=budget, config=config)
+    return Made(model, SAMPLER_STEPS, sampler_share(model))
+
+
+def learned_table_on_reuse(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The same with the weights left alone: as the training-free row, but for where the table comes from."""
+    return learned_on_reuse(batches, budget, steps, seed, trainable="routers")
+
+
+def routers_on_reuse(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+    """The same with tokens by score and age instead of in turn."""
+    return learned_on_reuse(batches, budget, steps, seed, trainable="routers", selection="score and turn")
 
 
 def fewer_steps(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
@@ -266,6 +295,9 @@ METHODS: dict[str, Callable[..., Made]] = {
     "ours, all context": ours_with_context,
     "ours, LoRA": ours_low_rank,
     "ours, routers see the timestep": ours_timestep,
+    "reuse, learned": learned_on_reuse,
+    "reuse, learned table": learned_table_on_reuse,
+    "reuse, learned table, score and turn": routers_on_reuse,
     "ours, guided": with_guidance,
     "ours, guided, shared": with_shared_guidance,
 }
