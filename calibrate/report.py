@@ -24,6 +24,9 @@ from ..region import region_of
 TYPE, VERSION = "diffcr_compile.report", 1
 _JSON, _PICTURE = "report.json", "report.png"
 
+MOST_WRITTEN = 20
+"""Rows and columns of a heat map up to which every cell has its number."""
+
 Histograms = tuple[tuple[float, float, tuple[int, ...]], ...]
 
 
@@ -197,13 +200,13 @@ class CalibrationReport:
 def draw_table(axes: Any, table: Tensor) -> None:
     """Heat map of a ratio table: timestep regions upwards from clean to noisy, blocks to the right in order of execution."""
     image = axes.imshow(table.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="magma")
-    for (row, column), value in [
-        ((r, c), float(table[r, c])) for r in range(table.shape[0]) for c in range(table.shape[1])
-    ]:
+    written = [(row, column) for row in range(table.shape[0]) for column in range(table.shape[1])]
+    for row, column in written if max(table.shape) <= MOST_WRITTEN else []:
+        value = float(table[row, column])
         axes.text(
             column, row, f"{value:.1f}", ha="center", va="center", color="white" if value < 0.6 else "black", fontsize=7
         )
     axes.set(xlabel="block", ylabel="timestep region (noisy upwards)", title="share of tokens that skip")
-    axes.set_xticks(range(table.shape[1]))
-    axes.set_yticks(range(table.shape[0]))
+    axes.set_xticks(range(0, table.shape[1], -(-table.shape[1] // MOST_WRITTEN)))
+    axes.set_yticks(range(0, table.shape[0], -(-table.shape[0] // MOST_WRITTEN)))
     axes.figure.colorbar(image, ax=axes, fraction=0.04)

@@ -26,7 +26,7 @@ def main() -> None:
     ) as batches:  # pictures of its own: the table is not fitted to those compared below
         digits.sample(model, labels[:2], steps=STEPS, generator=torch.Generator().manual_seed(1))
     # Tokens take turns; the others reuse their last updates, extrapolated. Exact until a table asks for compression.
-    diffcr_compile.transform(model, DiffCRConfig(skip="reuse", num_regions=10), example_inputs=batches[0])
+    diffcr_compile.transform(model, DiffCRConfig(skip="reuse"), example_inputs=batches[0])
     print(f"routed blocks: {diffcr_compile.ratios(model).shape[1]}, recorded calls: {len(batches)}")
 
     report = diffcr_compile.calibrate(model, batches, budget=BUDGET)

@@ -26,7 +26,7 @@ def main() -> None:
     model, labels = digits.load_model(), torch.arange(4)
     with diffcr_compile.record(model) as batches:
         digits.sample(model, labels[:2], steps=STEPS, generator=torch.Generator().manual_seed(1))
-    diffcr_compile.transform(model, DiffCRConfig(skip="reuse", num_regions=6), example_inputs=batches[0])
+    diffcr_compile.transform(model, DiffCRConfig(skip="reuse"), example_inputs=batches[0])
     report = diffcr_compile.calibrate(model, batches, budget=BUDGETS)  # measured once for all three
     print(report)
 

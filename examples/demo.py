@@ -38,7 +38,7 @@ NUM_REFERENCES = 1000  # held-out pictures that the Fréchet distance is taken t
 NUM_TRACED = 10  # pictures that are made again to see which tokens were kept
 THOUSANDTHS = 1000  # ratios are counted in them
 
-REUSE = DiffCRConfig(skip="reuse", num_regions=10)
+REUSE = DiffCRConfig(skip="reuse")
 NUM_RECORDED = 4  # pictures whose sampling is recorded to choose the training-free table
 
 RATIO_TRAVEL = 2.0

@@ -5,9 +5,10 @@
     python examples/benchmarks/inside.py --model photos --steps 50 20 8 --samples 8   # another model; needs scikit-image
 
 Every row starts from the same noise and labels; *moved* is the mean squared distance of its samples from the dense model's own
-at the same number of steps, and share its FLOPs, first dense step included, as a share of the dense sampling's. Tables are
-chosen by ``calibrate`` (training-free) from one dense sampling of other pictures. Times are eager seconds over the dense ones,
-taken right after. Writes `inside.md` and `inside.json` beside it, or with another model `inside_NAME.md` and `inside_NAME.json`;
+at the same number of steps, and share its FLOPs, first dense step included, as a share of the dense sampling's. Every combination
+of options has one ratio for all blocks and steps; ``ours`` is what ``calibrate`` (training-free) makes of the default options from
+one dense sampling of other pictures, and bypass has such a table too. Times are eager seconds over the dense ones, taken right
+after. Writes `inside.md` and `inside.json` beside it, or with another model `inside_NAME.md` and `inside_NAME.json`;
 whole-block caches run on the digits DiT alone.
 """
 
@@ -49,8 +50,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Combinations of what a skipped token takes, what gives keys and values, and which tokens are kept."""
 
-BEST = "reuse, all context, turn, order 1"
-NUM_REGIONS = 10
+DEFAULT = "reuse, all context, turn, order 1"
+OURS = "ours: calibrated without training"
+BYPASS = "bypass, kept context, score"
 SHARES = (0.8, 0.65, 0.5)
 STEPS = (50, 20, 8, 4)
 
@@ -140,37 +142,39 @@ class Bench:
         self.rows.append(Row(method, steps, budget, share, seconds / dense_seconds, moved))
 
     def run_ours(self, method: str, options: dict[str, Any]) -> None:
-        config = DiffCRConfig(num_regions=NUM_REGIONS, **options)
-        model = diffcr_compile.transform(self.example.load_model(), config, example_inputs=self.inputs)
-        free = diffcr_compile.CalibrationConfig(preset="training-free")
+        model = diffcr_compile.transform(self.example.load_model(), DiffCRConfig(**options), example_inputs=self.inputs)
         for steps in self.settings.steps:
-            with diffcr_compile.record(model) as batches:
-                diffcr_compile.set_ratios(model, 0)
-                self.example.sample(
-                    model, torch.arange(4), steps=steps, generator=torch.Generator().manual_seed(self.settings.seed + 1)
-                )
-            for budget in self.settings.shares:
-                try:
-                    diffcr_compile.calibrate(model, batches, budget=budget, config=free)
-                except diffcr_compile.BudgetError:
-                    continue
+            if method in (DEFAULT, BYPASS):
+                self._calibrated(OURS if method == DEFAULT else f"{BYPASS}, calibrated", model, steps)
+            for budget in self.settings.shares if method != BYPASS else ():
+                self._uniform(model, budget, steps)
                 self.note(method, model, steps, budget, self._share(model, steps))
-                if method == BEST:
-                    self._uniform(model, budget)
-                    self.note(f"{method}, uniform table", model, steps, budget, self._share(model, steps))
 
-    def _uniform(self, model: nn.Module, budget: float) -> None:
-        """The smallest ratio that costs at most the budget in all blocks and regions."""
+    def _calibrated(self, method: str, model: nn.Module, steps: int) -> None:
+        generator = torch.Generator().manual_seed(self.settings.seed + 1)
+        with diffcr_compile.record(model) as batches:
+            diffcr_compile.set_ratios(model, 0)
+            self.example.sample(model, torch.arange(4), steps=steps, generator=generator)
+        free = diffcr_compile.CalibrationConfig(preset="training-free")
+        for budget in self.settings.shares:
+            try:
+                diffcr_compile.calibrate(model, batches, budget=budget, config=free)
+            except diffcr_compile.BudgetError:
+                continue
+            self.note(method, model, steps, budget, self._share(model, steps))
+
+    def _uniform(self, model: nn.Module, budget: float, steps: int) -> None:
+        """The smallest ratio that costs at most the budget in all blocks and regions, or else the largest there is."""
         low, high = 0, 1000
         while low < high:
             middle = (low + high) // 2
             diffcr_compile.set_ratios(model, middle / 1000)
-            low, high = (low, middle) if diffcr_compile.cost(model, self.inputs).share <= budget else (middle + 1, high)
+            low, high = (low, middle) if self._share(model, steps) <= budget else (middle + 1, high)
         diffcr_compile.set_ratios(model, low / 1000)
 
     def _share(self, model: nn.Module, steps: int) -> float:
         cost = diffcr_compile.cost(model, self.inputs)
-        flops = [cost.routed_flops[region] for region in _regions(steps)]
+        flops = [cost.routed_flops[region] for region in _regions(steps, len(cost.routed_flops))]
         if cost.memory_bytes:
             flops[0] = cost.dense_flops
         return sum(flops) / steps / cost.dense_flops
@@ -203,10 +207,10 @@ class Bench:
                 self.rows.append(Row(row.method, steps, share, share, row.seconds, row.moved))
 
 
-def _regions(steps: int) -> list[int]:
+def _regions(steps: int, num_regions: int) -> list[int]:
     scheduler = digits.build_scheduler()
     scheduler.set_timesteps(steps)
-    return [int(step) * NUM_REGIONS // scheduler.config.num_train_timesteps for step in scheduler.timesteps]
+    return [int(step) * num_regions // scheduler.config.num_train_timesteps for step in scheduler.timesteps]
 
 
 def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], float]]]]:
@@ -247,7 +251,7 @@ def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
     for steps in settings.steps:
         lines += ["", f"## {steps} steps", "", "| method | budget | share | time | moved |", "|---|---|---|---|---|"]
         for row in sorted((row for row in rows if row.steps == steps), key=lambda row: (-row.budget, row.moved)):
-            bold = "**" if row.method == BEST else ""
+            bold = "**" if row.method == OURS else ""
             lines.append(
                 f"| {bold}{row.method}{bold} | {row.budget:.2f} | {row.share:.2f} | {row.seconds:.2f} | {row.moved:.2g} |"
             )

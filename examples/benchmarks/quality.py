@@ -251,7 +251,7 @@ def samplings(model: nn.Module, number: int, seed: int) -> list[dict[str, Any]]:
 
 def training_free(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
     """Tokens in turn, updates reused and extrapolated, full context; the table from one dense sampling."""
-    model = routed(batches, skip="reuse", num_regions=10)
+    model = routed(batches, skip="reuse")
     diffcr_compile.calibrate(model, samplings(model, 1, seed), budget=budget)
     return Made(model, SAMPLER_STEPS, sampler_share(model))
 
