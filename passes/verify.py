@@ -320,10 +320,10 @@ def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
         for parameter in duplicate.parameters():
             if not parameter.dtype.is_floating_point:
                 continue
-            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim >= 2:
-                parameter.copy_(noise / max(parameter[0].numel(), 1) ** 0.5)
+                parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5, generator=generator)
             else:
+                noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(0.2 * noise + parameter.abs().clamp(max=1.0))
         for buffer in duplicate.buffers():
             if buffer.dtype.is_floating_point and buffer.numel() and bool((buffer == buffer.flatten()[0]).all()):

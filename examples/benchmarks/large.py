@@ -3,7 +3,7 @@
     python examples/benchmarks/large.py [NAME ...]
 
 Each model is built from its published configuration, on the meta device unless its name says otherwise, and transformed in a
-process of its own, with inputs of a usual size. Writes `large.md` beside it.
+process of its own, with inputs of a usual size. Writes `large.md` beside it, or the rows of the names given in it.
 """
 
 from __future__ import annotations
@@ -90,6 +90,12 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 }
 
 
+def resident() -> float:
+    """GiB that this process holds."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 2**20
+
+
 def measure(name: str) -> dict[str, Any]:
     """Plan one model in this process."""
     import diffcr_compile
@@ -107,6 +113,7 @@ def measure(name: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "gib_before": before / 2**20,
+        "gib_after": resident(),
         "families": [
             f"{family.plan.kind} x{len(family.blocks)} ({family.plan.lift})" for family in explanation.families
         ],
@@ -135,17 +142,19 @@ def main() -> None:
         "",
         f"`python examples/benchmarks/large.py`, torch {torch.__version__}, two CPU threads, batch 2, meta device "
         "unless said otherwise. Memory: the "
-        "most that the process held, and before transform.",
+        "most that the process held, what it held after transform, and before.",
         "",
         "| model | parameters | families | routable FLOPs | seconds | memory |",
         "|---|---|---|---|---|---|",
     ]
+    table = HERE / "large.md"
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in table.read_text().splitlines() if " | " in line}
     for row in rows:
-        lines.append(
+        known[row["model"]] = (
             f"| {row['model']} | {row['parameters'] / 1e9:.1f} B | {', '.join(row['families'])} | {row['routable']:.0%} "
-            f"| {row['seconds']:.0f} | {row['gib']:.1f} GiB ({row['gib_before']:.1f} before) |"
+            f"| {row['seconds']:.0f} | {row['gib']:.2f} GiB ({row['gib_after']:.2f} after, {row['gib_before']:.2f} before) |"
         )
-    (HERE / "large.md").write_text("\n".join(lines) + "\n")
+    table.write_text("\n".join([*lines, *(known[name] for name in MODELS if name in known)]) + "\n")
 
 
 if __name__ == "__main__":
