@@ -34,14 +34,15 @@ class _Counter(FlopCounterMode):
 
     def __enter__(self) -> _Counter:
         super().__enter__()
-        refuse = self.mode._handle_higher_order_ops
+        mode: Any = self.mode
+        refuse = mode._handle_higher_order_ops
 
         def count(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
             if func not in self.flop_registry:
                 return refuse(func, types, args, kwargs)
             return self._count_flops(func, func(*args, **kwargs), args, kwargs)
 
-        self.mode._handle_higher_order_ops = count
+        mode._handle_higher_order_ops = count
         return self
 
 

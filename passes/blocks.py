@@ -100,8 +100,8 @@ class _Search:
             if not fqn or related or calls[0].attends or not self.analysis.module_flops.get(fqn):
                 continue
             caller, layout = self._caller(fqn), None
-            if (plan := beside.get(caller)) is not None and self._answers(calls[0]):
-                layout = len(plan.leaves[plan.stream].dims), plan.token_axis
+            if caller in beside and self._answers(calls[0]):
+                layout = len(beside[caller].leaves[beside[caller].stream].dims), beside[caller].token_axis
             elif caller in refused:
                 layout = self._layout(fqn, caller)
             if layout is not None and self._try(self._modules[fqn], fqn, as_branch=True, layout=layout):
@@ -128,8 +128,10 @@ class _Search:
     def _layout(self, fqn: str, caller: str) -> tuple[int, int] | None:
         """Rank and token axis of what a part takes, where it answers the tokens (B, N, D) or (N, B, D) of its caller and one more
         sample has told which axis is the batch."""
-        call, around = self.analysis.calls[fqn][0], self.analysis.calls[caller][0]
+        (call, *others), around = self.analysis.calls[fqn], self.analysis.calls[caller][0]
         known, streams = self.analysis.batch_axes.get(fqn, {}), _streams(around) & _streams(call)
+        if any(_streams(other) != _streams(call) for other in others):
+            return None
         if any(True for _ in self._modules[fqn].children()) and len(streams) == 1:
             for path, leaf in iterate_leaves(call.arguments):
                 if _is_stream(leaf) and leaf.shape in streams and len(leaf.shape) == 3 and known.get(path) in (0, 1):
@@ -158,7 +160,7 @@ class _Search:
             return False
         caller = self._caller(fqn) if as_branch else None
         for call in self.analysis.calls[fqn]:
-            key = (_family_key(module, call), None if caller is None else self._key_in_caller(fqn, caller))
+            key = (_family_key(module, call), None if caller is None else self._key_in_caller(fqn, caller), layout)
             if key not in self._verdicts:
                 self._verdicts[key] = self._analyse(module, fqn, call, caller, layout)
             verdict = self._verdicts[key]
@@ -168,6 +170,7 @@ class _Search:
                 if not as_branch and isinstance(verdict, NotJoined):
                     self._not_joined.append(fqn)
                 return False
+        assert isinstance(verdict, int)
         self.sites.append(Site(fqn, verdict))
         return True
 
@@ -178,6 +181,7 @@ class _Search:
         alike = (
             _family_key(module, call, positions=False),
             None if caller is None else self._key_in_caller(fqn, caller),
+            layout,
         )
         if alike in self._proved:
             family, proved = self._proved[alike]

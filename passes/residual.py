@@ -52,7 +52,7 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_nothing(name: str, node: fx.Node) -> bool:
-    return name in ("mul", "div") and node.args[1] == 1.0
+    return name in ("mul", "div") and isinstance(node.args[1], int | float) and node.args[1] == 1
 
 
 def _is_normed_sum(name: str, node: fx.Node) -> bool:

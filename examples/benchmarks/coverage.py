@@ -287,7 +287,7 @@ def _index_tokens(leaf: LeafPlan, value: Any, kept: Tensor, values: list[Any]) -
 def as_markdown(rows: list[Row]) -> str:
     """The table, with its summary line."""
     routed = [row for row in rows if row.blocks]
-    seconds = [row.seconds for row in routed]
+    seconds = [row.seconds for row in routed] or [0.0]
     lines = [
         "# Coverage of diffusers' denoisers",
         "",
