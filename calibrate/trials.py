@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import bind_arguments, positional_names
 from ..cost import CostModel
 from ..errors import CalibrationError
 from ..ratios import SCALE
-from ..region import region_of, timestep_value
+from ..region import regions_of_call
 from ..routed import ModelRouting
 from ..table import write_table
 from .objective import output_tensors
@@ -43,14 +42,9 @@ def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dic
 
     Raises CalibrationError where the samples of one batch lie in several: with reuse they take their steps together.
     """
-    timestep = state.plan.timestep
-    if timestep is None:
-        return [0]
-    names = positional_names(type(model).forward)
     found: dict[int, None] = {}
     for place, batch in enumerate(batches):
-        value = timestep_value(bind_arguments(names, (), batch), timestep, model)
-        regions = set(region_of(value, timestep, state.num_regions))
+        regions = set(regions_of_call(model, state, batch))
         if len(regions) > 1:
             raise CalibrationError(
                 f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the "

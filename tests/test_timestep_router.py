@@ -357,7 +357,7 @@ def test_a_single_region_is_a_token_router() -> None:
 
 
 def test_with_reuse_a_batch_in_several_regions_is_refused() -> None:
-    model = model_with(skip="reuse", selection="score")
+    model = model_with(skip="reuse", selection="score", num_regions=4)
     diffcr_compile.set_ratios(model, 0.5)
     with pytest.raises(diffcr_compile.UnsupportedError, match=r"regions \[0, 3\].*router='token'"):
         run(model, 900.0, 10.0, 950.0)

@@ -55,7 +55,7 @@ class Checkpointed(TinyDiT):
 def _transformed(kind: type[TinyDiT], shape: Shape, options: Options) -> TinyDiT:
     plain = kind(shape).eval()
     plain.load_state_dict(original(shape).state_dict())
-    config = DiffCRConfig(skip="reuse", **dict(options))
+    config = DiffCRConfig(skip="reuse", num_regions=4, **dict(options))
     return diffcr_compile.transform(plain, config, example_inputs=tiny_inputs(shape))
 
 
