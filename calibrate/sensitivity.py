@@ -28,6 +28,9 @@ from .rehearsal import NO_TRAJECTORY
 OLDEST = 4
 """Ages, in steps, up to which an update is compared; what is older is taken to suffer as the square of its age."""
 
+MEASURED_TOKENS = 512
+"""Tokens of a sample, evenly apart, whose updates are kept for the steps after: those of a large model would fill its memory."""
+
 
 @torch.no_grad()
 def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> Tensor:
@@ -88,7 +91,7 @@ class _Meter:
         )
         update, scale = result - before, _squares(values[plan.stream].double()).mean() + _squares(result).mean()
         if self.config.skip == "reuse":
-            errors = self._stale_errors(update)
+            errors = self._stale_errors(update[:, :: -(-update.shape[1] // MEASURED_TOKENS)])
         else:
             scores = score_tokens(values[plan.stream], router_vector(module), plan.token_axis, plan.batch_axis)
             errors = self._omitted(update, share_scores(scores) if self.config.guidance == "shared" else scores)

@@ -58,3 +58,11 @@ def test_identity_leaves_out_the_lowest_scores_first() -> None:
 def test_a_region_without_steps_takes_the_mean_of_the_others() -> None:
     suffering = measure("reuse", steps=tuple(float(step) for step in range(980, 520, -40)))
     assert torch.equal(suffering[0], suffering[1])
+
+
+def test_of_many_tokens_some_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = measure("reuse")
+    monkeypatch.setattr("diffcr_compile.calibration.sensitivity.MEASURED_TOKENS", 4)
+    some = measure("reuse")
+    assert not torch.equal(some, every)
+    assert float(((some - every).abs() / every.clamp(min=1e-12))[..., 1:].mean()) < 0.5
