@@ -147,9 +147,9 @@ class Trajectory:
 
 
 def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> int:
-    """1 or -1 where all timesteps rise or fall, 0 where they are the same, 2 where they do neither."""
+    """1 or -1 where all timesteps rise or fall, 0 where they are the same (of any number of samples), 2 where they do neither."""
     if len(before) != len(after):
-        return 2
+        return 0 if set(before) == set(after) and len(set(after)) == 1 else 2
     signs = {0 if math.isclose(a, b) else (1 if a > b else -1) for a, b in zip(after, before, strict=True)}
     return signs.pop() if len(signs) == 1 else 2
 

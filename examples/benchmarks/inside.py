@@ -121,7 +121,7 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.rows = settings, []  # type: ignore[var-annotated]
         self.example = importlib.import_module(settings.model)
-        self.labels = torch.arange(settings.samples) % self.example.NUM_CLASSES
+        self.subjects = self._subjects(settings.samples)
         generator = torch.Generator().manual_seed(settings.seed)
         size, channels = self.example.CANVAS_SIZE, getattr(self.example, "CHANNELS", 1)
         self.noise = torch.randn(settings.samples, channels, size, size, generator=generator)
@@ -129,9 +129,14 @@ class Bench:
         self.plain = self.example.load_model()
         self.dense = {steps: self._sample(self.plain, steps)[0] for steps in settings.steps}
 
+    def _subjects(self, number: int) -> Any:
+        """What pictures are asked for: labels, or captions."""
+        labels = torch.arange(number) % self.example.NUM_CLASSES
+        return self.example.captioned(labels, labels % 4) if hasattr(self.example, "captioned") else labels
+
     def _sample(self, model: nn.Module, steps: int) -> tuple[Tensor, float]:
         start = time.perf_counter()
-        images = self.example.sample(model, self.labels, noise=self.noise, steps=steps)
+        images = self.example.sample(model, self.subjects, noise=self.noise, steps=steps)
         return images, time.perf_counter() - start
 
     def note(self, method: str, model: nn.Module, steps: int, budget: float, share: float, own_steps: int = 0) -> None:
@@ -154,7 +159,7 @@ class Bench:
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
         with diffcr_compile.record(model) as batches:
             diffcr_compile.set_ratios(model, 0)
-            self.example.sample(model, torch.arange(4), steps=steps, generator=generator)
+            self.example.sample(model, self._subjects(4), steps=steps, generator=generator)
         free = diffcr_compile.CalibrationConfig(preset="training-free")
         for budget in self.settings.shares:
             try:
@@ -244,7 +249,7 @@ def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
         "# Inside the block: quality without training",
         "",
         f"`python {shlex.join(sys.argv)}`, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
-        f"{settings.model} DiT (8 blocks, 256 tokens), {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. "
+        f"{settings.model} DiT, {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. "
         "Moved: mean squared distance from the dense samples of as many steps, from equal noise. Share: FLOPs over the dense "
         "sampling's, first dense step included. Time: eager, over a dense sampling taken right after it.",
     ]
@@ -263,12 +268,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one budget, few steps and samples; nothing is written")
-    parser.add_argument("--model", choices=["digits", "photos"], default="digits", help="module of examples/")
+    parser.add_argument(
+        "--model", choices=["digits", "photos", "captions"], default="digits", help="module of examples/"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     options = parser.parse_args()
     settings = Settings(SHARES, tuple(options.steps), options.samples, options.seed, options.model)
     if options.quick:
-        settings = Settings((0.65,), (8,), 2, options.seed)
+        settings = Settings((0.65,), (8,), 2, options.seed, options.model)
     warnings.filterwarnings("ignore", message="the routers are untrained")
     start = time.perf_counter()
     bench = Bench(settings)

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"identity": {}, "reuse": {"skip": "reuse",
 
 
 def make(options: dict[str, Any], table: Any, shape: Shape = SHAPE) -> TinyDiT:
-    config = diffcr_compile.DiffCRConfig(**options)
+    config = diffcr_compile.DiffCRConfig(num_regions=4, **options)
     model = diffcr_compile.transform(original(shape), config, example_inputs=tiny_inputs(shape))
     diffcr_compile.set_ratios(model, table)
     return model

@@ -26,7 +26,8 @@ def cases(quick: int, nightly: int) -> int:
 
 @functools.cache
 def _transformed(shape: Shape, options: tuple[tuple[str, Any], ...]) -> TinyDiT:
-    return diffcr_compile.transform(original(shape), DiffCRConfig(**dict(options)), example_inputs=tiny_inputs(shape))
+    config = DiffCRConfig(**{"num_regions": 4, **dict(options)})
+    return diffcr_compile.transform(original(shape), config, example_inputs=tiny_inputs(shape))
 
 
 def transformed(shape: Shape, dtype: torch.dtype = torch.float32, **options: Any) -> TinyDiT:
