@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..ratios import SCALE
 from ..routed import ModelRouting, router_weight
 from ..sharding import like, whole
 from ..table import read_table, write_table
+from .appraise import UNIFORM, TokenMap, map_tokens, spread_over_timesteps
 from .batches import Batch, by_region, drawn, model_inputs, to_device
 from .checkpoint import Checkpoint
 from .examine import examine_routers, examine_table
@@ -93,8 +94,7 @@ class Learner:
             self._choose_tables()
         else:
             if self.state.config.skip == "reuse":
-                given = (model_inputs(self.model, batch) for batch in self.batches)
-                self.before = find_predecessors(self.model, self.state, given)
+                self._find_predecessors()
             elif self.task.loss is None:
                 self.batches = by_region(self.model, self.state, self.batches)
             self._build_optimizer()
@@ -107,6 +107,11 @@ class Learner:
         self.state.report = report.to_dict()
         return report
 
+    def _find_predecessors(self) -> None:
+        self.before = find_predecessors(
+            self.model, self.state, (model_inputs(self.model, each) for each in self.batches)
+        )
+
     def _choose_tables(self) -> None:
         """The tables that suffer least, without learning."""
         self._warm_start()
@@ -115,6 +120,7 @@ class Learner:
             for budget in self.task.budgets:
                 self.tables[budget] = choose_table(suffering, self.task.costs, budget, self.config.tolerance)
         else:
+            self._find_predecessors()
             self._try_tables(suffering)
 
     def _try_tables(self, suffering: Tensor) -> None:
@@ -122,14 +128,12 @@ class Learner:
 
         One extrapolation serves all budgets: the first one's."""
         visited = visited_regions(self.model, self.state, self._all("steps"))
-        targets = [[o.cpu() for o in dense_outputs(self.model, batch)] for batch in self._all("dense outputs")]
+        self.targets = [[o.cpu() for o in dense_outputs(self.model, batch)] for batch in self._all("dense outputs")]
         trends = TRENDS if self.state.config.extrapolation else (1.0,)
         for budget in self.task.budgets:
             proposed = propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
             errors = {
-                (name, trend): try_table(self.model, self.state, rows, trend, self._all(f"trying: {name}"), targets)
-                for name, rows in proposed.items()
-                for trend in trends
+                (name, trend): self._try(name, rows, trend) for name, rows in proposed.items() for trend in trends
             }
             name, trend = min(errors, key=lambda key: errors[key])
             self.tables[budget] = proposed[name]
@@ -139,6 +143,9 @@ class Learner:
                 }
                 trends = (trend,)
         self.state.trend = trends[0]
+
+    def _try(self, name: str, rows: Rows, trend: float) -> float:
+        return try_table(self.model, self.state, rows, trend, self._all(f"trying: {name}"), self.targets)
 
     def _build_optimizer(self) -> None:
         config, routers = self.config, list(self.routers.values())
@@ -264,11 +271,12 @@ class Learner:
 
     def _drawn(self, draw: int) -> int:
         """The batch of a draw; with reuse, of those that follow another in a trajectory."""
-        seed = self.config.seed + rank()
-        following = [index for index, before in enumerate(self.before) if before]
-        if following:
-            return following[drawn(len(following), draw, seed)]
-        return drawn(len(self.batches), draw, seed)
+        usable = self._usable()
+        return usable[drawn(len(usable), draw, self.config.seed + rank())]
+
+    def _usable(self) -> list[int]:
+        """Batches to learn from."""
+        return [index for index in range(len(self.batches)) if not self.before or self.before[index]]
 
     def _rehearsed(self, index: int) -> contextlib.AbstractContextManager[None]:
         """With reuse: what the steps before this batch leave in memory."""
@@ -278,11 +286,9 @@ class Learner:
         return rehearsed(self.model, self.state, before, self._inputs(self.batches[index]))
 
     def _loss(self, index: int) -> Tensor:
-        batch = to_device(self.model, self.batches[index])
         if self.task.loss is not None:
-            return self.task.loss(self.model, batch)
-        targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
-        return distillation_loss(output_tensors(self.model(**batch)), targets)
+            return self.task.loss(self.model, to_device(self.model, self.batches[index]))
+        return self._distance(index)
 
     def _move(self, value: float) -> None:
         """The optimiser's step, after a look at whether it may be taken."""
@@ -401,6 +407,7 @@ class Learner:
         scores, remarks = examine_routers(self.model, state, examined)
         if state.config.selection == "turn":
             scores, remarks = (), ()
+        errors, uniform, tokens = self._appraise()
         return CalibrationReport(
             history=tuple(self.history),
             table=table,
@@ -416,7 +423,41 @@ class Learner:
             scores=scores,
             timestep=state.plan.timestep,
             trials=self.trials,
+            errors=errors,
+            uniform=uniform,
+            tokens=tokens,
         )
+
+    def _appraise(self) -> tuple[dict[float, float], dict[float, float], tuple[TokenMap, ...]]:
+        """By share, distances from the dense outputs at the budgets' tables, and at ratios that are everywhere the same, on a few
+        batches (where tables were tried on whole trajectories, on these); and which tokens are computed there."""
+        self.model.eval()
+        places = spread_over_timesteps(self.model, self.state, self.batches, self._usable())
+
+        def error(rows: Rows) -> float:
+            if self.trials:
+                return self._try("for the report", rows, self.state.trend)
+            write_table(self.state, rows)
+            total = 0.0
+            for place in places:
+                with torch.no_grad(), self._rehearsed(place):
+                    total += float(self._distance(place))
+            return mean_over_processes(total / len(places))
+
+        def errors(tables: Iterable[Rows]) -> dict[float, float]:
+            return {self.task.costs.share(rows): error(rows) for rows in tables}
+
+        present = self.tables[self.task.budgets[0]]
+        uniform = errors([[round(ratio * SCALE)] * len(row) for row in present] for ratio in (0.0, *UNIFORM))
+        found = errors(self.tables[budget] for budget in reversed(self.task.budgets))  # the first one's stays
+        maps = [map_tokens(self.model, self.state, self._inputs(self.batches[p]), self._rehearsed(p)) for p in places]
+        return found, uniform, tuple(one for one in maps if one is not None)
+
+    def _distance(self, index: int) -> Tensor:
+        """Of this batch's outputs from the dense ones, () float32."""
+        batch = self._inputs(self.batches[index])
+        targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
+        return distillation_loss(output_tensors(self.model(**batch)), targets)
 
 
 def _rows(state: ModelRouting) -> Rows:

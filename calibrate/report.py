@@ -7,7 +7,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -20,12 +20,19 @@ from ..cost import UNITS
 from ..errors import ArtefactError
 from ..plan import TimestepPlan
 from ..region import region_of
+from .appraise import TokenMap
 
 TYPE, VERSION = "diffcr_compile.report", 1
 _JSON, _PICTURE = "report.json", "report.png"
 
 MOST_WRITTEN = 20
 """Rows and columns of a heat map up to which every cell has its number."""
+
+LONGEST_NAME = 20
+"""Characters of a block's name, from its end, that are written over a token map."""
+
+SKIPPED = torch.tensor([0.55, 0.16, 0.20])
+"""Colour laid over skipped tokens."""
 
 Histograms = tuple[tuple[float, float, tuple[int, ...]], ...]
 
@@ -38,7 +45,10 @@ class CalibrationReport:
     cost, at most ``budget``; ``budget_kind``: of what. blocks: names of the table's columns. dense_flops, region_flops: of one
     forward, dense and at each row. seconds: wall time. diagnostics: what looks wrong, in words. scores: for each block the
     lowest and the highest router score, and how many tokens lie in equal steps between. timestep: the model's timestep input.
-    trials: without training, the tables that were tried for ``budget``, and what their outputs were off by.
+    trials: without training, the tables that were tried for ``budget``, and what their outputs were off by. errors: by share of the
+    dense cost, squared distance from the dense outputs, over their square, at each of ``tables``; uniform: at ratios that are
+    everywhere the same, zero among them; both on a few batches at the end. tokens: which blocks compute them there, from clean to
+    noisy.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -55,6 +65,9 @@ class CalibrationReport:
     scores: Histograms = ()
     timestep: TimestepPlan | None = None
     trials: dict[str, float] = field(default_factory=dict)
+    errors: dict[float, float] = field(default_factory=dict)
+    uniform: dict[float, float] = field(default_factory=dict)
+    tokens: tuple[TokenMap, ...] = ()
 
     def __str__(self) -> str:
         losses = [entry["loss"] for entry in self.history]
@@ -83,15 +96,25 @@ class CalibrationReport:
         return sum(self.region_flops[region] for region in regions) / len(regions) / self.dense_flops
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Heat map of the table, curves of loss and cost, histograms of the routers' scores; a matplotlib figure, written to
+        """Heat map of the table; error against share of the cost; curves of both while it learned; histograms of the routers'
+        scores; the tokens of one sample at several timesteps: those of which there is anything. A matplotlib figure, written to
         ``path`` if given."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(15, 3.6), layout="constrained")
-        heat, curves, scores = figure.subplots(1, 3, width_ratios=(3, 2, 2))
-        draw_table(heat, self.table)
-        self._draw_history(curves)
-        self._draw_scores(scores)
+        panels = [lambda axes: draw_table(axes, self.table)]
+        panels += [self._draw_tradeoff] if self.errors else []
+        panels += [self._draw_history] if self.history else []
+        panels += [self._draw_scores] if self.scores else []
+        heights = [3.6, *([0.5 + 1.5 * len(self.tokens)] if self.tokens else [])]
+        figure = Figure(figsize=(15, sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        widths = (1.5, *[1] * (len(panels) - 1))
+        for draw, axes in zip(
+            panels, parts[0].subplots(1, len(panels), width_ratios=widths, squeeze=False)[0], strict=True
+        ):
+            draw(axes)
+        if self.tokens:
+            draw_tokens(parts[1], self.tokens)
         if path is not None:
             figure.savefig(path, dpi=130)
         return figure
@@ -120,9 +143,12 @@ class CalibrationReport:
         return {
             "type": TYPE,
             "version": VERSION,
-            **{name: value for name, value in vars(self).items() if name not in ("table", "tables", "timestep")},
+            **vars(self),
             "table": self.table.tolist(),
             "tables": [[budget, table.tolist()] for budget, table in self.tables.items()],
+            "errors": list(self.errors.items()),
+            "uniform": list(self.uniform.items()),
+            "tokens": [vars(one) for one in self.tokens],
             "timestep": None if timestep is None else [timestep.argument, timestep.low, timestep.high],
         }
 
@@ -138,6 +164,8 @@ class CalibrationReport:
         data["table"] = torch.tensor(data["table"])
         data["tables"] = {float(budget): torch.tensor(table) for budget, table in data["tables"]}
         data["timestep"] = None if data["timestep"] is None else TimestepPlan(*data["timestep"])
+        data["errors"], data["uniform"] = dict(data.get("errors", ())), dict(data.get("uniform", ()))
+        data["tokens"] = tuple(TokenMap.from_dict(one) for one in data.get("tokens", ()))
         data["scores"] = tuple((low, high, tuple(counts)) for low, high, counts in data["scores"])
         for name in ("history", "blocks", "region_flops", "diagnostics"):
             data[name] = tuple(data[name])
@@ -158,6 +186,15 @@ class CalibrationReport:
             ),
             (all(isinstance(name, str) for name in (*self.blocks, *self.diagnostics)), "names"),
             (all(type(error) is float for error in self.trials.values()), "errors of what was tried"),
+            (
+                all(
+                    type(value) in (int, float)
+                    for line in (self.errors, self.uniform)
+                    for point in line.items()
+                    for value in point
+                ),
+                "errors by share",
+            ),
             (all({"step", "loss", "share", "phase"} <= set(entry) for entry in self.history), "steps in the history"),
         ):
             if not holds:
@@ -174,21 +211,39 @@ class CalibrationReport:
         picture = base64.b64encode(self._repr_png_()).decode()
         return (
             f"<pre>{html.escape(str(self))}</pre>\n"
-            f'<img alt="ratio table, history and router scores" style="max-width:100%" src="data:image/png;base64,{picture}">'
+            f'<img alt="ratio table, error against cost, tokens" style="max-width:100%" src="data:image/png;base64,{picture}">'
         )
+
+    def _draw_tradeoff(self, axes: Any) -> None:
+        """Error against share: this calibration's tables beside uniform ratios; zero has no place on the scale."""
+        dense = {share: error for share, error in self.uniform.items() if share == 1}
+        for line, style, label in (
+            (self.uniform, {"color": "tab:gray", "marker": "o", "linestyle": ":"}, "one ratio for all"),
+            (self.errors | dense, {"color": "tab:red", "marker": "D"}, "calibrated"),
+        ):
+            shares = sorted(line)
+            axes.plot(shares, [line[share] for share in shares], label=label, markersize=5, **style)
+        axes.set(
+            xlabel=f"share of the dense {UNITS[self.budget_kind]}",
+            ylabel="distance from the dense outputs",
+            title="what saving costs",
+            yscale="log",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
 
     def _draw_history(self, axes: Any) -> None:
         steps = [entry["step"] for entry in self.history]
         axes.plot(steps, [entry["loss"] for entry in self.history], color="tab:blue", linewidth=1)
-        axes.set(xlabel="step", ylabel="loss", title=f"loss and share of the dense {UNITS[self.budget_kind]}")
+        axes.set(xlabel="step", ylabel="loss", title="while it learned")
         share = axes.twinx()
         share.plot(steps, [entry["share"] for entry in self.history], color="tab:orange")
         share.axhline(self.budget, color="tab:orange", linestyle=":")
-        share.set(ylabel="share", ylim=(0, 1.02))
+        share.set(ylabel=f"share of the dense {UNITS[self.budget_kind]}", ylim=(0, 1.02))
 
     def _draw_scores(self, axes: Any) -> None:
         """One histogram a block, each over its own range."""
-        axes.set(xlabel="router score, from a block's lowest to its highest", ylabel="block", title="router scores")
+        axes.set(xlabel="score, from lowest to highest", ylabel="block", title="router scores")
         if self.scores:
             counts = torch.tensor([counts for _, _, counts in self.scores], dtype=torch.float64)
             shares = counts / counts.amax(dim=1, keepdim=True).clamp(min=1)
@@ -210,3 +265,35 @@ def draw_table(axes: Any, table: Tensor) -> None:
     axes.set_xticks(range(0, table.shape[1], -(-table.shape[1] // MOST_WRITTEN)))
     axes.set_yticks(range(0, table.shape[0], -(-table.shape[0] // MOST_WRITTEN)))
     axes.figure.colorbar(image, ax=axes, fraction=0.04)
+
+
+def draw_tokens(figure: Any, maps: Sequence[TokenMap]) -> None:
+    """A row for each map: the latents, how many blocks each token goes through, and which tokens single blocks leave out."""
+    figure.suptitle("one sample: how many blocks compute each token (bright: all), and what single blocks skip (red)")
+    grid = figure.subplots(len(maps), 2 + len(maps[0].kept), squeeze=False)
+    for row, one in zip(grid, maps, strict=True):
+        frame, picture, shares = one.grid[0] // 2, one.picture(), one.pass_shares()
+        masks = [mask[frame] for mask in one.masks().values()]
+        shown = [picture, shares[frame], *(_tinted(mask, picture) for mask in masks)]
+        under = ["", *(f"{float(part.float().mean()):.0%}" for part in (shares, *one.masks().values()))]
+        for axes, values, text in zip(row, shown, under, strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(text, fontsize=8, labelpad=2)
+            if values is None:
+                axes.set_visible(False)
+                continue
+            colours = "gray" if values is picture else "viridis"
+            aspect = "equal" if len(values) > 1 else "auto"
+            axes.imshow(values.numpy(), cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect=aspect)
+        place = 0 if picture is not None else 1
+        row[place].set_ylabel("" if one.timestep is None else f"timestep {one.timestep:g}", fontsize=9)
+    for axes, title in zip(grid[0], ["latents", "all blocks", *maps[0].kept], strict=True):
+        axes.set_title(title[-LONGEST_NAME:], fontsize=8)
+
+
+def _tinted(kept: Tensor, picture: Tensor | None) -> Tensor:
+    """The picture in colours (height, width, 3), the tokens that are not kept (bool, of another size) under a tint."""
+    grey = torch.full(kept.shape, 0.7) if picture is None else picture
+    mask = torch.nn.functional.interpolate(kept[None, None].float(), size=grey.shape)[0, 0].unsqueeze(-1)
+    grey = grey.unsqueeze(-1)
+    return mask * (0.25 + 0.75 * grey) + (1 - mask) * (0.45 * grey + SKIPPED * (1 - 0.45 * grey))

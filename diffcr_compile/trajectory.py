@@ -161,7 +161,7 @@ def interleaved_rank(num_tokens: int, grid: tuple[int, ...]) -> Tensor:
     order, and ordered as in Bayer's dither matrix, so that the first half is a checkerboard and the first quarter one cell of each
     2 x 2, shifted from frame to frame. Where no patch size fits: by multiples of the golden ratio along the sequence.
     """
-    tokens = _token_grid(num_tokens, grid)
+    tokens = token_grid(num_tokens, grid)
     if tokens is None:
         golden = (math.sqrt(5) - 1) / 2
         keys = (torch.arange(num_tokens, dtype=torch.float64) * golden) % 1
@@ -177,7 +177,7 @@ def interleaved_rank(num_tokens: int, grid: tuple[int, ...]) -> Tensor:
     return _ranks(keys.flatten())
 
 
-def _token_grid(num_tokens: int, grid: tuple[int, ...]) -> tuple[int, int, int] | None:
+def token_grid(num_tokens: int, grid: tuple[int, ...]) -> tuple[int, int, int] | None:
     """(frames, height, width) of the tokens of latents of this size, or None."""
     if len(grid) not in (2, 3):
         return None

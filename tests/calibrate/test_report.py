@@ -9,9 +9,11 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffcr_compile.calibration.appraise import TokenMap
 from diffcr_compile.calibration.report import CalibrationReport, draw_table
 from models import Shape, original, reference_flops, routed, tiny_inputs
 
@@ -69,7 +71,44 @@ def full(report: CalibrationReport) -> CalibrationReport:
         diagnostics=("a: <collapsed> & flat",),
         scores=((-1.0, 1.0, (1, 2, 3)), (0.0, 0.0, (0, 0, 0)), (0.5, 2.0, (5, 0, 1))),
         timestep=TimestepPlan("t", 0.0, 1000.0),
+        errors={0.597: 0.01, 0.4: 0.03},
+        uniform={1.0: 0.0, 0.5: 0.05},
+        tokens=(TokenMap(500.0, (1, 2, 3), {"a": "101010", "c": "111100"}, "ff007fff007f", ("00ff", "80ff")),),
     )
+
+
+def axes_by_title(report: CalibrationReport) -> dict[str, Any]:
+    return {axes.get_title(): axes for axes in report.plot().axes if axes.get_title()}
+
+
+def test_only_what_there_is_is_drawn(report: CalibrationReport, full: CalibrationReport) -> None:
+    assert set(axes_by_title(report)) == {"share of tokens that skip", "while it learned"}
+    assert set(axes_by_title(replace(report, history=()))) == {"share of tokens that skip"}
+    drawn = {"what saving costs", "router scores", "latents", "all blocks", "a", "c"}
+    assert set(axes_by_title(full)) == {"share of tokens that skip", "while it learned"} | drawn
+
+
+def test_error_is_drawn_against_cost_beside_uniform_ratios(full: CalibrationReport) -> None:
+    axes = axes_by_title(full)["what saving costs"]
+    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert lines["one ratio for all"] == [(0.5, 0.05), (1.0, 0.0)]
+    assert lines["calibrated"] == [(0.4, 0.03), (0.597, 0.01), (1.0, 0.0)]
+    assert axes.get_xlabel() == "share of the dense tokens"
+
+
+def test_skipped_tokens_are_tinted_where_they_lie(full: CalibrationReport) -> None:
+    """Block a keeps tokens 0, 2 and 4 of a grid of two rows; the picture's lower left corner is grey, all others black or white."""
+    axes = axes_by_title(full)
+    (image,) = axes["a"].images
+    red = torch.as_tensor(image.get_array())[..., 0] > torch.as_tensor(image.get_array())[..., 1] + 1e-4
+    wide = replace(full.tokens[0], latents=("000000", "000000"))
+    (exact,) = axes_by_title(replace(full, tokens=(wide,)))["a"].images
+    tint = torch.as_tensor(exact.get_array())
+    assert (tint[..., 0] > tint[..., 1]).tolist() == [[False, True, False], [True, False, True]]
+    assert red.shape == (2, 2)
+    (passes,) = axes["all blocks"].images
+    assert torch.as_tensor(passes.get_array()).flatten().tolist() == pytest.approx([1, 0, 127 / 255, 1, 0, 127 / 255])
+    assert axes["a"].get_xlabel() == "50%"
 
 
 def same(left: CalibrationReport, right: CalibrationReport) -> bool:
@@ -156,6 +195,11 @@ def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
                 ("budget", "x"),
                 ("budget_kind", "x"),
                 ("region_flops", [1]),
+                ("errors", [["x", 1.0]]),
+                ("tokens", [{}]),
+                ("tokens", [vars(TokenMap(None, (1, 1, 3), {"a": "10"}, "ff00ff"))]),
+                ("tokens", [vars(TokenMap(None, (1, 1, 2), {"a": "1x"}, "ff00"))]),
+                ("tokens", [vars(TokenMap(None, (1, 1, 2), {"a": "10"}, "ff00", ("zz",)))]),
             )
         ),
     ],
