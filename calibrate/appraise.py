@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arguments import bind_arguments, iterate_leaves, positional_names
 from ..errors import UnsupportedError
 from ..observe import trace
-from ..region import latent_grid, pick_samples, pin_region, regions_of_call, timestep_value
+from ..region import group_samples, latent_grid, pick_samples, pin_region, regions_of_call, timestep_value
 from ..routed import ModelRouting
 from ..trajectory import token_grid
 from .batches import Batch
@@ -122,13 +122,13 @@ def map_tokens(model: nn.Module, state: ModelRouting, batch: Batch, context: Any
 
 
 def _of_one_region(model: nn.Module, state: ModelRouting, batch: Batch) -> Batch | None:
-    """The batch, or its first sample where others lie in other regions."""
-    if len(set(regions_of_call(model, state, batch))) == 1:
+    """The batch, or where its samples lie in several regions, those that lie where the first does."""
+    regions = regions_of_call(model, state, batch)
+    if len(set(regions)) == 1:
         return batch
     try:
-        return bind_arguments(
-            positional_names(type(model).forward), *pick_samples(model, state, torch.tensor([0]), (), batch)
-        )
+        samples = group_samples(state, regions)[regions[0]]
+        return bind_arguments(positional_names(type(model).forward), *pick_samples(model, state, samples, (), batch))
     except UnsupportedError:
         return None
 
