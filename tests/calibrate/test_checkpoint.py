@@ -400,7 +400,9 @@ def test_targets_of_another_run_are_refused(copied: Path) -> None:
         pytest.param("targets-0.safetensors"),
     ],
 )
-def test_single_flipped_bits_are_refused_or_do_nothing(halfway: Path, copied: Path, name: str) -> None:
+def test_single_flipped_bits_are_refused_or_do_nothing(
+    halfway: Path, copied: Path, name: str, record_property: Callable[[str, object], None]
+) -> None:
     settings = json.loads((halfway / "calibration.json").read_text())["settings"]
 
     def read(folder: Path) -> Any:
@@ -434,6 +436,8 @@ def test_single_flipped_bits_are_refused_or_do_nothing(halfway: Path, copied: Pa
             bad.append(f"bit {place} changes what is read")
     assert outcomes["refused"] > 0
     assert bad == []
+    record_property("refused", outcomes["refused"])
+    record_property("read the same", outcomes["same"])
 
 
 def cases(quick: int, nightly: int) -> int:
@@ -493,14 +497,17 @@ def kill_at_random(folder: Path, kills: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_it_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_killed_at_random_it_goes_on_to_the_same_end(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, __file__, str(tmp_path), str(cases(3, 20))]
+    command = [sys.executable, __file__, str(tmp_path), str(cases(3, 50))]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr
     found = json.loads(finished.stdout)
     assert found["same"], found["why"]
-    assert found["killed"] >= cases(3, 20)
+    assert found["killed"] >= cases(3, 50)
+    record_property("kills", found["killed"])
 
 
 if __name__ == "__main__":

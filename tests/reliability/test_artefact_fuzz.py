@@ -16,14 +16,13 @@ import shutil
 import signal
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from models import Shape, original, same_bits, same_snapshot, snapshot, tiny_inputs
-from reliability.support import cases, randomise_routers, transformed
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -32,6 +31,7 @@ import diffcr_compile
 from diffcr_compile import ArtefactError
 from diffcr_compile.artefact import record_checksum
 from diffcr_compile.routed import STATE
+from reliability.support import cases, randomise_routers, transformed
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
@@ -67,6 +67,26 @@ def expected(whole: Path) -> tuple[Tensor, str]:
     """Output and explanation of a model that loaded the whole artefact."""
     model = diffcr_compile.load(original(SHAPE), whole)
     return model(**INPUTS).detach(), str(diffcr_compile.explain(model))
+
+
+@pytest.fixture(autouse=True)
+def count_outcomes(monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """How often ``load`` refused and how often it did not, noted for ``examples/benchmarks/reliability.py``."""
+    load, counts = diffcr_compile.load, Counter[str]()
+
+    def counted(*args: Any) -> Any:
+        try:
+            model = load(*args)
+        except diffcr_compile.DiffCRError:
+            counts["refused"] += 1
+            raise
+        counts["loaded"] += 1
+        return model
+
+    monkeypatch.setattr(diffcr_compile, "load", counted)
+    yield
+    for name, count in counts.items():
+        record_property(name, count)
 
 
 def read_record(folder: Path) -> Record:

@@ -31,15 +31,19 @@ from models import (
     tiny_inputs,
     watch_blocks,
 )
-from reliability.support import cases, randomise_routers, transformed
 
 import diffcr_compile
 from diffcr_compile.ratios import capacity
+from reliability.support import cases, randomise_routers, transformed
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 6e-2, torch.float64: 1e-11}
 """Of the largest value: some hundred roundings of the dtype in a block, where another batch size adds up in another order."""
+
+
+SCORED = 1e-6
+"""The same where the sigmoid gate, of a score in float32 whatever the dtype, is a factor of the result."""
 
 
 def _draw_structure(generator: random.Random) -> tuple[Shape, tuple[tuple[str, Any], ...]]:
@@ -90,6 +94,10 @@ class Case:
     def exact(self) -> bool:
         """Whether the gate leaves a kept token as it is."""
         return dict(self.options)["gate"] == "exact"
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.dtype] if self.exact else max(TOLERANCE[self.dtype], SCORED)
 
     def plain(self) -> TinyDiT:
         return original(self.shape, self.dtype)
@@ -192,7 +200,7 @@ def test_skipped_tokens_keep_their_bits_and_kept_ones_are_the_blocks_own(case: C
             gate = torch.ones_like(scores) if case.exact else scores.sigmoid()
             expected[0] = start + gate * (expected[0].double() - start)
             found = [after[0][sample : sample + 1, kept], *(text[sample : sample + 1] for text in after[1:])]
-            assert max(map(relative_error, found, expected)) < TOLERANCE[case.dtype]
+            assert max(map(relative_error, found, expected)) < case.tolerance
 
 
 @examples
@@ -202,7 +210,7 @@ def test_samples_are_independent(case: Case, data: st.DataObject) -> None:
     model, inputs = case.routed(), case.inputs()
     order = data.draw(st.permutations(range(case.batch)))[: data.draw(st.integers(1, case.batch))]
     with torch.no_grad():
-        assert relative_error(model(**pick(inputs, order)), model(**inputs)[order]) < TOLERANCE[case.dtype]
+        assert relative_error(model(**pick(inputs, order)), model(**inputs)[order]) < case.tolerance
 
 
 @examples
@@ -217,7 +225,7 @@ def test_permuting_the_tokens_permutes_the_result(case: Case, data: st.DataObjec
     permuted |= {"rope": tuple(table[joint] for table in inputs["rope"])} if "rope" in inputs else {}
     permuted |= {"mask": inputs["mask"][:, joint][:, :, joint]} if "mask" in inputs else {}
     with torch.no_grad():
-        assert relative_error(model(**permuted), model(**inputs)[:, order]) < TOLERANCE[case.dtype]
+        assert relative_error(model(**permuted), model(**inputs)[:, order]) < case.tolerance
 
 
 @examples

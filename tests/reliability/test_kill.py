@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from reliability.save_and_kill import Case
 from reliability.support import cases
 
@@ -26,12 +28,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Case]]:
     return {how: [Case(**case) for case in listed] for how, listed in json.loads(finished.stdout).items()}
 
 
-def test_killed_at_random_a_save_leaves_nothing_half_written(found: dict[str, list[Case]]) -> None:
+def test_killed_at_random_a_save_leaves_nothing_half_written(
+    found: dict[str, list[Case]], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("kills", len(found["random"]))
     assert len(found["random"]) == cases(8, 50)
     assert {case.found for case in found["random"]} <= {"first", "second"}
 
 
-def test_killed_anywhere_a_save_leaves_nothing_half_written(found: dict[str, list[Case]]) -> None:
+def test_killed_anywhere_a_save_leaves_nothing_half_written(
+    found: dict[str, list[Case]], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("kills", len(found["everywhere"]) - 1)  # the last one ended by itself
     outcomes = [case.found for case in found["everywhere"]]
     assert set(outcomes) <= {"first", "second"}
     assert outcomes[0] == "first"

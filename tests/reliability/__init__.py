@@ -1,0 +1,1 @@
+"""Hard to break: generated models, damaged files, kills, threads, moves."""
