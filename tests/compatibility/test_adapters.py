@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,3 +264,67 @@ def test_int8_dynamic_before(name: str) -> None:
 @row(5, "float8 weights before transform", models=("dit",))
 def test_float8_before(name: str) -> None:
     _check_before(name, FLOAT8)
+
+
+def _saved_and_loaded(name: str, config: Any, folder: Path) -> None:
+    """Routing by ``save``, weights by ``torch.save``; into a plain model, the routing before the weights and after them."""
+    given = inputs(name)
+    model = _quantised(routed(name), config)
+    expected = run(model, given)
+    diffcr_compile.save(model, folder / "routing")
+    torch.save(diffcr_compile.restore(model).state_dict(), folder / "weights.pt")
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    first, second = plain(name), plain(name)
+    diffcr_compile.load(first, folder / "routing")
+    first.load_state_dict(weights, assign=True, strict=False)
+    second.load_state_dict(weights, assign=True)
+    diffcr_compile.load(second, folder / "routing")
+    for loaded in (first, second):
+        assert all(
+            type(module.weight.data) is not Tensor for module in loaded.modules() if isinstance(module, nn.Linear)
+        )
+        assert_bits(run(loaded, given), expected)
+        assert_keeps(name, loaded)
+
+
+@row(5, "int8 weights: state dict and routing saved and loaded")
+def test_int8_saved(name: str, tmp_path: Path) -> None:
+    _saved_and_loaded(name, INT8, tmp_path)
+
+
+@row(5, "int8 weights and activations: state dict and routing saved and loaded", models=("dit", "flux"))
+def test_int8_dynamic_saved(name: str, tmp_path: Path) -> None:
+    _saved_and_loaded(name, INT8_DYNAMIC, tmp_path)
+
+
+@row(5, "float8 weights: state dict and routing saved and loaded", models=("dit", "flux"))
+def test_float8_saved(name: str, tmp_path: Path) -> None:
+    _saved_and_loaded(name, FLOAT8, tmp_path)
+
+
+def _lowered(name: str, config: Any, share: float = 0.1) -> None:
+    """Off the eager quantised routed model by at most a share of what quantisation itself changes."""
+    torch._dynamo.reset()
+    given = inputs(name)
+    model, bare = _quantised(routed(name), config), run(routed(name), given)
+    expected = run(model, given)
+    found = run(diffcr_compile.lower(model), given)
+    assert relative_error(found, expected) < share * relative_error(expected, bare)
+    assert not torch.equal(found, bare)
+    assert_keeps(name, model)
+
+
+@row(5, "int8 weights, lowered", models=("dit", "pixart", "flux"), slow=("dit", "pixart", "flux"))
+def test_int8_lowered(name: str) -> None:
+    _lowered(name, INT8)
+
+
+@row(5, "int8 weights and activations, lowered", models=("dit",), slow=("dit",))
+def test_int8_dynamic_lowered(name: str) -> None:
+    """An activation that another order of sums puts on the other side of a step is off by a whole step."""
+    _lowered(name, INT8_DYNAMIC, share=1.0)
+
+
+@row(5, "float8 weights, lowered", models=("dit",), slow=("dit",))
+def test_float8_lowered(name: str) -> None:
+    _lowered(name, FLOAT8)
