@@ -162,3 +162,9 @@ def test_the_extrapolation_is_saved(tmp_path: object) -> None:
     with torch.no_grad():
         for batch in trajectory():
             assert torch.equal(model(**batch), other(**batch))
+
+
+def test_whole_steps_that_would_need_one_of_the_first_two_are_left_out() -> None:
+    visited = [9, 6, 3, 0]
+    assert "whole steps" in propose_tables(suffering(10), visited, hand_costs(3), 0.55, TOLERANCE)
+    assert "whole steps" not in propose_tables(suffering(10), visited, hand_costs(3), 0.4, TOLERANCE)
