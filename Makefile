@@ -15,8 +15,8 @@ test: .venv-test/ready
 	.venv-test/bin/python -m pytest -n 2 $(ARGS)
 
 lint: .venv-test/ready
-	.venv-test/bin/ruff check .
-	.venv-test/bin/ruff format --check .
+	.venv-test/bin/ruff check --no-cache .
+	.venv-test/bin/ruff format --no-cache --check .
 
 # Type checkers can't follow the package map of pyproject.toml, so an installed copy is checked.
 types: .venv-test/ready

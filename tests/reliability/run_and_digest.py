@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 from models import Shape, TinyDiT, original, tiny_inputs
+
 from reliability.support import sample
 
 SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import torch
 from models import Shape, TinyDiT, original, same_bits, tiny_inputs
-from reliability.support import cases, randomise_routers, sample, transformed
 from torch import Tensor, nn
 
 import diffcr_compile
+from reliability.support import cases, randomise_routers, sample, transformed
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from models import Shape, TinyDiT, original, routed_fqns, same_bits, tiny_inputs, watch_blocks
-from reliability.support import NIGHTLY, randomise_routers, routed_like, sample, transformed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig
+from reliability.support import NIGHTLY, randomise_routers, routed_like, sample, transformed
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
