@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 Gate = Literal["exact", "sigmoid"]
 Skip = Literal["identity", "reuse"]
-Context = Literal["kept", "all"]
+Context = Literal["kept", "all", "stale"]
 Selection = Literal["score", "turn", "score and turn"]
 MemoryDtype = Literal["float32", "bfloat16", "float16"]
 RouterInput = Literal["token", "timestep"]
@@ -76,15 +76,17 @@ class DiffCRConfig(_Options):
     skip: what a skipped token leaves a block with; ``"identity"``: what it came in with (the paper); ``"reuse"``: that plus the
         block's update of it, extrapolated from the last ones (one tensor per routed block, and one more per ``extrapolation``).
     context: which tokens give keys and values; ``"kept"``: the kept ones (the paper); ``"all"``: every token, so that a kept
-        token comes out as from the dense block, wherever the block's graph allows it (``explain`` says where not). None: all
-        with reuse, which is of little use without (examples/benchmarks/inside.md), else kept.
+        token comes out as from the dense block; ``"stale"``: every token, the skipped ones with what they gave when last kept,
+        which costs no FLOPs but the memory of a block's keys and values (two or so tensors of the tokens' size), and needs
+        ``skip="reuse"``. The last two wherever the block's graph allows it (``explain`` says where not). None: all with reuse,
+        which is of little use without (examples/benchmarks/inside.md), else kept.
     selection: which tokens are kept; ``"score"``: those with the highest router scores (the paper); ``"turn"``: those refreshed
         longest ago, interleaved over the picture, without a router; ``"score and turn"``: score plus a point for every step of
         age. The last two need ``skip="reuse"``; every token is then refreshed within a bounded number of steps. None: turn with
         reuse, else score.
     extrapolation: with reuse, the degree in the timestep of the polynomial through a token's last updates: 0, 1 or 2. A
         calibration without training measures how far to follow it.
-    memory_dtype: with reuse, of the remembered updates: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the tokens' own.
+    memory_dtype: with reuse, of what is remembered: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the tokens' own.
     router: what a router sees; ``"token"`` (the paper): one vector a block scores tokens at every timestep; ``"timestep"``: one
         vector for each timestep region, so that which tokens matter may change on the way from noise to picture. Needs a timestep
         input; samples of one batch in different regions then run region by region, with any table.
@@ -124,6 +126,8 @@ class DiffCRConfig(_Options):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_choice("context", self.context, get_args(Context))
+        if self.context == "stale" and not reuses:
+            raise ValueError("context='stale' remembers the skipped tokens' keys and values: it needs skip='reuse'")
         _check_choice("selection", self.selection, get_args(Selection))
         _check_choice("extrapolation", self.extrapolation, (0, 1, 2))
         if self.memory_dtype is not None:

@@ -1,4 +1,5 @@
-"""Full context at run time: a block's own graph, rewritten so that all tokens give keys and values (``passes/context.py``).
+"""Context from every token at run time: a block's own graph, rewritten so that skipped tokens give keys and values as well
+(``passes/context.py``).
 
 The graph shares the block's parameters by name, but not its code: what replaces submodules, processors or dtypes later (LoRA,
 quantisation) would be passed by. So each graph belongs to one state of the block's modules, and a block in another state gets
@@ -7,7 +8,7 @@ another graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,30 +23,35 @@ class ContextGraph:
     """A block as a function of all tokens and of the kept ones (shared between the layers of a family, never copied).
 
     graph: placeholders are the block's ``attributes`` (names of parameters and buffers), ``constants``, the positions kept (B, K),
-    the call's tensors, and those of them that follow the tokens once more, indexed; returns the block's output tensors at the
-    kept tokens.
+    the call's tensors, those of them that follow the tokens once more, indexed, and the keys and values that are remembered;
+    returns the block's output tensors at the kept tokens, then the kept tokens' keys and values. fill: where any are remembered,
+    the block as it is; takes the attributes, constants and tensors, returns the outputs and keys and values of all tokens.
     """
 
     graph: fx.GraphModule
     attributes: tuple[str, ...]
     constants: tuple[Tensor, ...]
+    fill: fx.GraphModule | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextGraph:
         return self
 
     def __call__(self, module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.graph.forward(*(_attribute(module, name) for name in self.attributes), *self.constants, *tensors)
+        return self._call(self.graph, module, tensors)
+
+    def run_dense(self, module: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The block's outputs, then what is remembered of all tokens."""
+        assert self.fill is not None
+        return self._call(self.fill, module, tensors)
+
+    def _call(self, graph: fx.GraphModule, module: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return graph.forward(*(_attribute(module, name) for name in self.attributes), *self.constants, *tensors)
 
     def on(self, device: torch.device) -> ContextGraph:
         """The same on another device: an export writes the one that it saw into every tensor that the graph makes."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph.graph, {}))
-        for node in graph.nodes:
-            node.args, node.kwargs = fx.node.map_aggregate(
-                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
-            )
         constants = tuple(constant.to(device) for constant in self.constants)
-        return ContextGraph(fx.GraphModule(self.graph, graph), self.attributes, constants)
+        fill = None if self.fill is None else _on(self.fill, device)
+        return ContextGraph(_on(self.graph, device), self.attributes, constants, fill)
 
     def bind(self, module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         """The graph with the parameters of ``module``."""
@@ -54,6 +60,16 @@ class ContextGraph:
             return self(module, *tensors)
 
         return call
+
+
+def _on(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+        )
+    return fx.GraphModule(module, graph)
 
 
 def context_key(module: nn.Module) -> ContextKey:

@@ -39,8 +39,11 @@ class FamilyExplanation:
             joined = "made anew" if output.source is None else f"joined to {plan.leaves[output.source].name}"
             put = ", skipped tokens keep their input" if output.routed else ""
             lines.append(f"  output {index}[{', '.join(output.dims)}]: {joined}{put}")
-        if self.plan.context == "all":
-            lines.append("  keys and values: from all tokens, by a graph of its own rewritten from the block's")
+        if self.plan.context != "kept":
+            those = "remembered of skipped ones" if self.plan.context == "stale" else "computed"
+            lines.append(
+                f"  keys and values: from all tokens, {those}, by a graph of its own rewritten from the block's"
+            )
         elif self.plan.context_note:
             lines.append(f"  {self.plan.context_note}")
         lines += ["  routed program:", *(f"    {line}" for line in self.program.strip().splitlines())]

@@ -7,6 +7,7 @@ buffers at every step. Axes: B batch, N tokens, K kept tokens, D width, H = degr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .config import DiffCRConfig
 from .plan import BlockPlan
-from .primitives import flat_rows, lay_along
+from .primitives import flat_rows, lay_along, put_tokens
 
 MAX_REACH = 2.0
 """Extrapolation goes at most this many times the distance between a token's last two updates beyond the last one: further on a
@@ -28,7 +29,8 @@ class Memory(NamedTuple):
     """updates: for each routed output, newest first, (H, B N, D) in the output's own order of batch and tokens. times: timesteps
     of those updates, float32 (H, B, N). age: forwards since a token was last kept, float32 (B, N). rank: order in which tokens of
     the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,). trend: share of the extrapolated
-    change that is taken, float32 () in [0, 1]; at 0 the last update is repeated."""
+    change that is taken, float32 () in [0, 1]; at 0 the last update is repeated. context: with stale context, keys and values of
+    all tokens as their attention takes them."""
 
     updates: tuple[Tensor, ...]
     times: Tensor
@@ -36,11 +38,12 @@ class Memory(NamedTuple):
     rank: Tensor
     now: Tensor
     trend: Tensor
+    context: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Memory in bytes."""
-        return sum(tensor.nbytes for tensor in (*self.updates, self.times, self.age))
+        return sum(tensor.nbytes for tensor in (*self.updates, self.times, self.age, *self.context))
 
 
 def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Tensor, now: Tensor) -> Memory:
@@ -55,7 +58,21 @@ def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Ten
             updates.append(stream.new_zeros(num_updates, batch * num_tokens, width, dtype=dtype))
     times = torch.zeros(num_updates, batch, num_tokens, device=stream.device)
     age, trend = torch.zeros(batch, num_tokens, device=stream.device), torch.ones((), device=stream.device)
-    return Memory(tuple(updates), times, age, rank, now, trend)
+    context = tuple(stream.new_zeros(shape, dtype=dtype) for shape in _context_shapes(plan, values))
+    return Memory(tuple(updates), times, age, rank, now, trend, context)
+
+
+def _context_shapes(plan: BlockPlan, values: list[Any]) -> list[tuple[int, ...]]:
+    """Shapes of the keys and values that are remembered of a call with these leaves."""
+    stream, shapes = values[plan.stream], []
+    for state in plan.states:
+        others = sum(values[index].shape[axis] for index, axis in (*state.tokens.before, *state.tokens.after))
+        sizes = {
+            state.batch_axis: stream.shape[plan.batch_axis],
+            state.tokens.axis: stream.shape[plan.token_axis] + others,
+        }
+        shapes.append(tuple(sizes[axis] if axis in sizes else int(size) for axis, size in enumerate(state.dims)))
+    return shapes
 
 
 def _memory_dtype(config: DiffCRConfig, stream: Tensor) -> torch.dtype:
@@ -74,7 +91,8 @@ def fits(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfi
     stream = values[plan.stream]
     held = memory.updates[0]
     shape = (stream.shape[plan.batch_axis], stream.shape[plan.token_axis])
-    return tuple(memory.age.shape) == shape and (held.dtype, held.device) == (
+    shapes = [tuple(memory.age.shape), *(tuple(held.shape) for held in memory.context)]
+    return shapes == [shape, *_context_shapes(plan, values)] and (held.dtype, held.device) == (
         _memory_dtype(config, stream),
         stream.device,
     )
@@ -183,6 +201,20 @@ def remember_all(memory: Memory, updates: list[Tensor], axes: list[tuple[int, in
         times[later].copy_(memory.now.unsqueeze(-1).expand(times[0].shape) if first else times[later - 1])
     times[0].copy_(memory.now.unsqueeze(-1).expand(times[0].shape))
     memory.age.zero_()
+
+
+@torch.no_grad()
+def remember_context(memory: Memory, kept: list[Tensor], fresh: list[Tensor], axes: list[tuple[int, int]]) -> None:
+    """Note keys and values of kept tokens, each with its positions (B, K) and its (token axis, batch axis)."""
+    for held, positions, tokens, places in zip(memory.context, kept, fresh, axes, strict=True):
+        held.copy_(put_tokens(held, positions, tokens, *places))
+
+
+@torch.no_grad()
+def remember_all_context(memory: Memory, fresh: Sequence[Tensor]) -> None:
+    """Note keys and values of all tokens after a dense call."""
+    for held, tokens in zip(memory.context, fresh, strict=True):
+        held.copy_(tokens)
 
 
 def _rows_of(kept: Tensor, memory: Memory, token_axis: int, batch_axis: int) -> Tensor:

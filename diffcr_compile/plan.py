@@ -60,12 +60,22 @@ class OutputPlan:
 
 
 @dataclass(frozen=True)
+class StatePlan:
+    """Keys or values of one attention, remembered of all tokens: their axes, and which are over samples and tokens."""
+
+    dims: tuple[str, ...]
+    batch_axis: int
+    tokens: TokenAxis
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """How the blocks of one family are routed at one call signature.
 
     arguments: the bound call, and outputs_template: the block's return value, each with tensors replaced by their index.
     stream: index of the leaf that holds the routed tokens. in_place: the block writes into them. context: which tokens give keys
-    and values; ``context_note``: why not all, where all were asked for.
+    and values; ``context_note``: why the kept ones alone, where more were asked for; states: keys and values remembered, with
+    stale context.
     """
 
     kind: str
@@ -85,6 +95,7 @@ class BlockPlan:
     in_place: bool = False
     context: Context = "kept"
     context_note: str = ""
+    states: tuple[StatePlan, ...] = ()
 
     @property
     def can_skip_block(self) -> bool:
@@ -170,6 +181,7 @@ def plan_from_dict(data: dict[str, Any]) -> ModelPlan:
                 **family,
                 "leaves": tuple(_leaf_from_dict(leaf) for leaf in family["leaves"]),
                 "outputs": tuple(OutputPlan(**output) for output in family["outputs"]),
+                "states": tuple(_state_from_dict(state) for state in family.get("states", ())),
             }
         )
         for family in data["families"]
@@ -187,3 +199,7 @@ def plan_from_dict(data: dict[str, Any]) -> ModelPlan:
 
 def _leaf_from_dict(data: dict[str, Any]) -> LeafPlan:
     return LeafPlan(**{**data, "token_axes": tuple(TokenAxis(**axis) for axis in data["token_axes"])})
+
+
+def _state_from_dict(data: dict[str, Any]) -> StatePlan:
+    return StatePlan(**{**data, "tokens": TokenAxis(**data["tokens"])})

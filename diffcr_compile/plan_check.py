@@ -12,7 +12,7 @@ from torch import nn
 
 from .arguments import iterate_leaves, positional_names
 from .config import Context, DiffCRConfig
-from .plan import BlockPlan, LeafPlan, Lift, ModelPlan, OutputPlan, TimestepPlan
+from .plan import BlockPlan, LeafPlan, Lift, ModelPlan, OutputPlan, StatePlan, TimestepPlan, TokenAxis
 
 _TAKEN = ("block", "router", "k", "memory")
 """Placeholders of a routed program beside those of its leaves."""
@@ -81,7 +81,12 @@ def _check_family(name: str, plan: BlockPlan, config: DiffCRConfig) -> None:
     _require(type(plan.width) is int and stream.dims[-1] == str(plan.width), f"{name}: the width is the stream's")
     _require(plan.lift in get_args(Lift), f"{name}: {plan.lift!r} is no way to call a block")
     _require(plan.context in get_args(Context), f"{name}: {plan.context!r} is no context")
-    _require(plan.context == "kept" or config.context == "all", f"{name}: full context was not asked for")
+    _require(plan.context in ("kept", config.context), f"{name}: {plan.context!r} context was not asked for")
+    _require(
+        plan.context == "stale" or not plan.states, f"{name}: keys and values are remembered for stale context only"
+    )
+    for state in plan.states:
+        _check_state(name, state, leaves)
     for output in outputs:
         _check_output(name, output, leaves)
     _require(any(output.routed for output in outputs), f"{name}: an output follows the tokens")
@@ -105,11 +110,25 @@ def _check_leaf(name: str, leaf: LeafPlan, leaves: tuple[LeafPlan, ...]) -> None
         f"{name}: {leaf.name} has no axis {leaf.batch_axis!r}",
     )
     for axis in leaf.token_axes:
-        _require(_index(axis.axis, leaf.dims), f"{name}: {leaf.name} has no axis {axis.axis!r}")
-        for size in (*axis.before, *axis.after):
-            index, place = size
-            known = _index(index, leaves) and _index(place, leaves[index].dims)
-            _require(known, f"{name}: {leaf.name} holds tokens of an unknown input {size!r}")
+        _check_axis(f"{name}: {leaf.name}", axis, leaf.dims, leaves)
+
+
+def _check_axis(name: str, axis: TokenAxis, dims: tuple[str, ...], leaves: tuple[LeafPlan, ...]) -> None:
+    _require(_index(axis.axis, dims), f"{name} has no axis {axis.axis!r}")
+    for size in (*axis.before, *axis.after):
+        index, place = size
+        known = _index(index, leaves) and _index(place, leaves[index].dims)
+        _require(known, f"{name} holds tokens of an unknown input {size!r}")
+
+
+def _check_state(name: str, state: StatePlan, leaves: tuple[LeafPlan, ...]) -> None:
+    name = f"{name}: keys or values"
+    _check_dims(name, state.dims)
+    _check_axis(name, state.tokens, state.dims, leaves)
+    axes = (state.batch_axis, state.tokens.axis)
+    _require(_index(state.batch_axis, state.dims) and len(set(axes)) == 2, f"{name} have a batch axis of their own")
+    fixed = [size for axis, size in enumerate(state.dims) if axis not in axes]
+    _require(all(size.isdecimal() and len(size) < 10 for size in fixed), f"{name} are of fixed sizes otherwise")
 
 
 def _check_output(name: str, output: OutputPlan, leaves: tuple[LeafPlan, ...]) -> None:

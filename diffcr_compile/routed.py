@@ -22,7 +22,7 @@ from .arguments import Signature, bind_arguments, iterate_leaves, map_leaves, si
 from .config import DiffCRConfig
 from .context import ContextGraph, ContextKey, context_key
 from .errors import CaptureError, NotTransformedError, UnsupportedError
-from .memory import Memory, blank, remember_all, resume_tokens
+from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
 from .plan import BlockPlan, ModelPlan
 from .ratios import capacity, nearest_bin
 from .router import Router
@@ -104,7 +104,11 @@ class Program:
         the plan, ``memory`` is brought up to date."""
         given = () if memory is None else (memory,)
         outputs, kept = self.graph.forward(block, weight, k, *given, *values)
-        return map_leaves(lambda _, index: None if index is None else outputs[index], self.plan.output_template), kept
+        return self.output(outputs), kept
+
+    def output(self, tensors: Sequence[Tensor]) -> Any:
+        """What the block returns, made of its output tensors in order."""
+        return map_leaves(lambda _, index: None if index is None else tensors[index], self.plan.output_template)
 
     def skip(self, values: Sequence[Any], memory: Memory | None = None) -> Any:
         """The output of a block that is skipped whole: what came in, and what the memory foretells of the block's update."""
@@ -371,8 +375,8 @@ def prepare(
 
 
 def prepare_context(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """With full context: have the block's graph rewritten as its modules now are."""
-    if routing.model.config.context == "all":
+    """With context from every token: have the block's graph rewritten as its modules now are."""
+    if routing.model.config.context != "kept":
         bound = bind_arguments(routing.positional, args, kwargs)
         _write_context(module, routing, routing.program(bound), bound)
 
@@ -384,7 +388,7 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
     if state.config.context == "kept" or (trajectory is not None and not trajectory.first):
         return True
     for block, ratio in zip(state.blocks, row, strict=True):
-        programs = [program for program in block.programs.values() if program.plan.context == "all"]
+        programs = [program for program in block.programs.values() if program.plan.context != "kept"]
         if programs and (ratio or any(block.ratios)):
             key = context_key(model.get_submodule(block.fqn))
             if not any(block.context is program.contexts.get(key, ()) for program in programs):
@@ -440,15 +444,19 @@ def forward_at(
 
 
 def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan) -> Callable[..., Any]:
-    """What a program calls: the block's own forward, or with full context its rewritten graph."""
+    """What a program calls: the block's own forward, or with context from every token its rewritten graph."""
     if plan.context == "kept":
         return functools.partial(routing.base, module)
+    return _context_of(routing).bind(module)
+
+
+def _context_of(routing: BlockRouting) -> ContextGraph:
     if routing.context is None:
         raise CaptureError(
-            f"{routing.fqn}: the graph for full context is written at the first eager forward, and there was none since the model "
-            "was loaded. Run it once before it is compiled or exported."
+            f"{routing.fqn}: its graph for context from every token is written at the first eager forward, and there was none "
+            "since the model was loaded. Run it once before it is compiled or exported."
         )
-    return routing.context.bind(module)
+    return routing.context
 
 
 def _run_dense(
@@ -468,8 +476,14 @@ def _run_dense(
     before = [program.before(index, values) for index in routed]
     if plan.in_place:
         before = [tensor.clone() for tensor in before]
-    output = routing.base(module, *args, **kwargs)
-    tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+    if plan.states:
+        given = [value for value, leaf in zip(values, plan.leaves, strict=True) if leaf.is_tensor]
+        tensors = list(_context_of(routing).run_dense(module, given))
+        output = program.output(tensors)
+        remember_all_context(memory, tensors[len(plan.outputs) :])
+    else:
+        output = routing.base(module, *args, **kwargs)
+        tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
     updates = [tensors[index] - start for index, start in zip(routed, before, strict=True)]
     axes = [(plan.outputs[index].dims.index("N"), plan.outputs[index].batch_axis) for index in routed]
     remember_all(memory, updates, axes, first=empty)

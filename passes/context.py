@@ -1,4 +1,4 @@
-"""Full context: rewrite a block's own graph so that skipped tokens still give keys and values.
+"""Context from every token: rewrite a block's own graph so that skipped tokens still give keys and values.
 
 Before, on the kept tokens alone (``program.py``)::
 
@@ -13,12 +13,20 @@ Every node of the exported graph has two values, *full* and *kept*; each is writ
 and the columns of masks ask for full; queries and outputs for kept. Where the full value is there anyway it is indexed, else
 the node is run on the kept values of its operands; sizes follow, being nodes themselves. A kept token then comes out as from the
 dense block, which ``prove_context`` holds the result to.
+
+With stale context nothing is computed for all: keys and values are those of the kept tokens, put among what the memory holds of
+the others, and go back into it::
+
+    k_new = k(norm(x_kept))
+    out = attend(q(norm(x_kept)), put(k_old, k_new), put(v_old, v_new))
+
+A second graph, the block as it is with its keys and values for further outputs, runs where the block runs dense.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +38,11 @@ from torch.export import ExportedProgram
 from .. import primitives
 from ..arguments import map_leaves
 from ..context import ContextGraph
-from ..plan import BlockPlan
+from ..plan import BlockPlan, StatePlan
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
 from .export import export_block
-from .tokens import plan_leaves, token_axis_of
+from .tokens import plan_leaves, plan_state, token_axis_of
 from .verify import Trial, first_line
 
 _aten = torch.ops.aten
@@ -45,10 +53,11 @@ _QUERY_FIRST = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.def
 
 
 def prove_context(block: BlockAnalysis) -> BlockAnalysis:
-    """Where the configuration asks for full context: fill in ``context_graph`` and ``plan.context``, or the reason why not.
+    """Where the configuration asks for context from every token: fill in ``context_graph`` and the plan's context, or the reason
+    why not.
 
     Proved like the routed program itself: at batch three, other tokens for each sample, random parameters; every kept token equals
-    the dense block's result at that token.
+    the dense block's result at that token, where what is remembered is of the same tokens.
     """
     plan = block.plan
     assert plan is not None
@@ -56,10 +65,10 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
         return block
     try:
         trial = Trial(block)
-        graph = write_context(block)
+        graph, states = write_context(block)
         failures = []
         for form in dict.fromkeys((plan.lift, "vmap", "loop") if plan.lift != "direct" else (plan.lift,)):
-            candidate = replace(plan, context="all", lift=form)
+            candidate = replace(plan, context=block.config.context, states=states, lift=form)
             try:
                 error = trial.check_context(candidate, graph)
                 return replace(block, plan=replace(candidate, error=max(error, plan.error)), context_graph=graph)
@@ -91,11 +100,15 @@ def _rebuild(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any]
     token, batch = dims[plan.token_axis], dims[plan.batch_axis]
     block = replace(block, token_symbols=frozenset(token.free_symbols))
     block = plan_leaves(replace(block, stream=plan.stream, token=token, batch=batch))
-    return write_context(block)
+    graph, states = write_context(block)
+    if states != plan.states:
+        raise Refused("its keys and values have other shapes than those that are remembered")
+    return graph
 
 
-def write_context(block: BlockAnalysis) -> ContextGraph:
-    """The rewritten graph. Refuses graphs with operators that write in place, or whose tokens can't be told apart."""
+def write_context(block: BlockAnalysis) -> tuple[ContextGraph, tuple[StatePlan, ...]]:
+    """The rewritten graph, and what it remembers. Refuses graphs with operators that write in place, or whose tokens can't be told
+    apart."""
     assert block.program is not None
     program = block.program
     if _writes(program.graph):
@@ -120,6 +133,7 @@ class _Writer:
         self.graph = fx.Graph()
         self._full: dict[fx.Node, Any] = {}
         self._kept: dict[fx.Node, Any] = {}
+        self._across: dict[fx.Node, Any] = {}
         self._places: dict[Any, fx.Node] = {}
         signature = program.graph_signature
         if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -137,7 +151,9 @@ class _Writer:
         self.outputs = [nodes[name] for name in signature.user_outputs if name is not None]
         self._place_leaves([nodes[name] for name in signature.user_inputs if name is not None])
         self.following = self._find_following()
-        self.asked_full = self._find_asked_full()
+        computed, remembered = self._find_asked()
+        self.asked_full = _ancestors(computed)
+        self._place_states(remembered)
 
     def _place_leaves(self, inputs: list[fx.Node]) -> None:
         remaining = iter(inputs)
@@ -149,18 +165,39 @@ class _Writer:
         for leaf, node in tensors:
             self._full[node] = self.graph.placeholder(leaf.name)
             self.leaf_nodes[self.block.leaves.index(leaf)] = self._full[node]
+        self.given = dict(self._full)
         for leaf, node in tensors:
             self._kept[node] = self.graph.placeholder(f"{leaf.name}_kept") if leaf.token_axes else self._full[node]
         self.moving = {node for leaf, node in tensors if leaf.token_axes}
 
-    def write(self) -> ContextGraph:
+    def _place_states(self, remembered: list[fx.Node]) -> None:
+        self.states = {node: plan_state(self.block, self.block.dims(node), node.name) for node in remembered}
+        self.held = {node: self.graph.placeholder(f"{node.name}_held") for node in remembered}
+
+    def write(self) -> tuple[ContextGraph, tuple[StatePlan, ...]]:
         results = [
             self.kept(node) if plan.routed else self.full(node)
             for node, plan in zip(self.outputs, self.block.outputs, strict=True)
         ]
-        self.graph.output(tuple(results))
+        self.graph.output((*results, *(self.kept(node) for node in self.states)))
         self.graph.lint()
-        return ContextGraph(fx.GraphModule({}, self.graph, class_name="Context"), self.attributes, self.constants)
+        graph = fx.GraphModule({}, self.graph, class_name="Context")
+        return ContextGraph(graph, self.attributes, self.constants, self._write_fill()), tuple(self.states.values())
+
+    def _write_fill(self) -> fx.GraphModule | None:
+        """The block as it is, with what is to be remembered of all tokens for further outputs."""
+        if not self.states:
+            return None
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(known.name) for node, known in self.given.items()}
+        results = [*self.outputs, *self.states]
+        needed = _ancestors(results)
+        for node in self.source.nodes:
+            if node in needed and node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in results))
+        graph.lint()
+        return fx.GraphModule({}, graph, class_name="Fill")
 
     def full(self, node: fx.Node) -> Any:
         """The node's value for all tokens."""
@@ -176,23 +213,36 @@ class _Writer:
             self._kept[node] = self._write_kept(node)
         return self._kept[node]
 
+    def across(self, node: fx.Node) -> Any:
+        """Keys or values of all tokens: computed, or remembered but for those of the kept ones."""
+        if node not in self.states:
+            return self.full(node)
+        if node not in self._across:
+            fresh, place = self.kept(node), self._token_place(node)
+            assert place is not None
+            axis, batch_axis, size = place
+            held = self.graph.call_method("to", (self.held[node], fresh))
+            args = (held, self._positions(axis, size), fresh, axis, batch_axis)
+            self._across[node] = self.graph.call_function(primitives.put_tokens, args)
+        return self._across[node]
+
     def _write_kept(self, node: fx.Node) -> Any:
-        block, target = self.block, node.target
+        target = node.target
         dims = self._dims(node)
         if target is _SDPA:
             operands: list[Any] = list(node.args)
             if operands[5:] and operands[5]:
                 raise Refused("causal attention: its queries have places")
-            parts = [self.kept(operands[0]), *map(self.full, operands[1:3]), *map(self._rows, operands[3:4])]
+            parts = [self.kept(operands[0]), *map(self.across, operands[1:3]), *map(self._rows, operands[3:4])]
             args = (*parts, *operands[4:])
             kwargs = {name: self._rows(arg) if name == "attn_mask" else arg for name, arg in node.kwargs.items()}
             return self._emit(node, args, kwargs)
-        if dims is not None and not any(block.token in size.free_symbols for size in dims):
+        if dims is not None and not any(map(self._holds_tokens, dims)):
             return self.full(node)
         if target in _QUERY_FIRST and self._mixes(node):
             split = _QUERY_FIRST[target] + 1
             queries, keys = node.args[:split], node.args[split:]
-            args = (*fx.map_arg(queries, self.kept), *fx.map_arg(keys, self.full))
+            args = (*fx.map_arg(queries, self.kept), *fx.map_arg(keys, self.across))
             return self._emit(node, args, dict(node.kwargs))
         if node in self.asked_full and (place := self._token_place(node)) is not None:
             return self._take(self.full(node), *place)
@@ -211,18 +261,18 @@ class _Writer:
         dims, joint = self._dims(node), self._dims(whole)
         if dims is None or joint is None or whole in self.asked_full or whole not in self.following:
             return False
-        holds = [any(self.block.token in size.free_symbols for size in sizes) for sizes in (dims, joint)]
+        holds = [any(map(self._holds_tokens, sizes)) for sizes in (dims, joint)]
         return holds == [False, True]
 
     def _mixes(self, node: fx.Node) -> bool:
         """Whether a product contracts over tokens, or has keys for columns."""
         place = _QUERY_FIRST[node.target]  # type: ignore[index]
         contracted = self._dims(node.args[place])[-1]
-        return any(self.block.token in size.free_symbols for size in (contracted, self._dims(node)[-1]))
+        return any(map(self._holds_tokens, (contracted, self._dims(node)[-1])))
 
     def _is_table(self, dims: Any) -> bool:
         """Whether a value has queries for rows and keys for columns."""
-        return len(dims) >= 2 and all(self.block.token in size.free_symbols for size in dims[-2:])
+        return len(dims) >= 2 and all(map(self._holds_tokens, dims[-2:]))
 
     def _in_table(self, operand: fx.Node) -> Any:
         """An operand of a table of queries and keys: rows kept, columns full."""
@@ -248,7 +298,7 @@ class _Writer:
         dims = self._dims(node)
         if dims is None or self.block.batch not in dims:
             return None
-        axes = [axis for axis, size in enumerate(dims) if self.block.token in size.free_symbols]
+        axes = [axis for axis, size in enumerate(dims) if self._holds_tokens(size)]
         if len(axes) != 1:
             return None
         try:
@@ -289,6 +339,8 @@ class _Writer:
             raise Refused(f"its graph holds a {node.op} node")
         if not isinstance(node.target, torch._ops.OpOverload) and node.target not in _PLAIN:
             raise Refused(f"its graph calls {node.target}")
+        if node.target is _aten.sym_size.int:  # vmap has no rule for the operator
+            return self.graph.call_method("size", fx.map_arg(node.args, value_of))
         return self._emit(node, fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of))
 
     def _emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
@@ -302,25 +354,42 @@ class _Writer:
                 found.add(node)
         return found
 
-    def _find_asked_full(self) -> set[fx.Node]:
-        """Nodes that keys, values or masks are made from."""
-        stack: list[Any] = []
+    def _find_asked(self) -> tuple[list[Any], list[fx.Node]]:
+        """Keys and values: those to be computed for all tokens, and those to be remembered."""
+        computed: list[Any] = []
+        remembered: dict[fx.Node, None] = {}
         for node in self.source.nodes:
             if node.target is _SDPA:
-                stack += [node.args[1], node.args[2]]
+                operands = node.args[1:3]
             elif node.target in _QUERY_FIRST and node in self.following and self._mixes(node):
-                stack += node.args[_QUERY_FIRST[node.target] + 1 :]
-        found: set[fx.Node] = set()
-        while stack:
-            node = stack.pop()
-            if isinstance(node, fx.Node) and node not in found:
-                found.add(node)
-                stack.extend(node.all_input_nodes)
-        return found
+                operands = node.args[_QUERY_FIRST[node.target] + 1 :]
+            else:
+                continue
+            following = [operand for operand in operands if operand in self.following]
+            # A product over all tokens that has none itself (linear attention) has no rows to leave out.
+            if self.block.config.context == "stale" and any(map(self._holds_tokens, self._dims(node))):
+                remembered |= dict.fromkeys(following)
+            else:
+                computed += following
+        return computed, list(remembered)
+
+    def _holds_tokens(self, size: Any) -> bool:
+        return self.block.token in size.free_symbols
 
     def _dims(self, node: Any) -> Any:
         """Shape of a tensor node; None for sizes and for several tensors."""
         return self.block.dims(node) if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) else None
+
+
+def _ancestors(nodes: Iterable[Any]) -> set[fx.Node]:
+    """These nodes and all that they are made from."""
+    stack, found = list(nodes), set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 _PLAIN: tuple[Any, ...] = (

@@ -46,6 +46,10 @@ def write_program(plan: BlockPlan, config: DiffCRConfig) -> Program:
     return Program(plan, fx.GraphModule({}, graph, class_name=f"Routed{plan.kind}"))
 
 
+def _held(remembered: memory.Memory, index: int) -> torch.Tensor:
+    return remembered.context[index]
+
+
 class _Writer:
     """Builds one graph; every method appends nodes and returns the last."""
 
@@ -81,6 +85,7 @@ class _Writer:
         if self.memory is not None:
             places = [(output.dims.index("N"), output.batch_axis) for output in plan.outputs if output.routed]
             self._call("remembered", memory.remember_tokens, self.memory, self.kept, self.updates, places)
+            self._remember_context(results)
         self.graph.output((tuple(outputs), self.kept))
         self.graph.lint()
         return self.graph
@@ -137,7 +142,7 @@ class _Writer:
         return leaf.batch_axis
 
     def _call_block(self, block: fx.Node, taken: list[fx.Node]) -> fx.Node:
-        if self.plan.context == "all":
+        if self.plan.context != "kept":
             return self._call_context(block, taken)
         bound = map_leaves(lambda _, index: None if index is None else taken[index], self.plan.arguments)
         args, kwargs = unbind_arguments(self.plan.positional, bound)
@@ -150,21 +155,36 @@ class _Writer:
         return self._call("results", _CALLS[self.plan.lift], block, args, kwargs, axes, own_batch, out_axes)
 
     def _call_context(self, block: fx.Node, taken: list[fx.Node]) -> fx.Node:
-        """The rewritten graph, on the positions kept, on all tokens, and on the kept ones."""
+        """The rewritten graph, on the positions kept, on all tokens, on the kept ones, and on the keys and values remembered."""
         plan = self.plan
+        states = [self._call(f"held_{index}", _held, self.memory, index) for index in range(len(plan.states))]
         tensors = [
             (leaf, node, kept)
             for leaf, node, kept in zip(plan.leaves, self.leaves, taken, strict=True)
             if leaf.is_tensor
         ]
         moving = [(leaf, kept) for leaf, _, kept in tensors if leaf.token_axes]
-        args = (self.kept, *(node for _, node, _ in tensors), *(kept for _, kept in moving))
+        args = (self.kept, *(node for _, node, _ in tensors), *(kept for _, kept in moving), *states)
         if plan.lift not in _CALLS:
             return self._call("results", primitives.call_block, block, args, {})
-        axes = (0, *(leaf.batch_axis for leaf, _, _ in tensors), *(leaf.batch_axis or 0 for leaf, _ in moving))
-        own_batch = (True, *(True for _ in tensors), *(leaf.batch_axis is not None for leaf, _ in moving))
-        out_axes = tuple(output.batch_axis for output in plan.outputs)
+        state_axes = tuple(state.batch_axis for state in plan.states)
+        side_axes = (*(leaf.batch_axis for leaf, _, _ in tensors), *(leaf.batch_axis or 0 for leaf, _ in moving))
+        axes = (0, *side_axes, *state_axes)
+        side_own = (*(True for _ in tensors), *(leaf.batch_axis is not None for leaf, _ in moving))
+        own_batch = (True, *side_own, *(True for _ in states))
+        out_axes = (*(output.batch_axis for output in plan.outputs), *state_axes)
         return self._call("results", _CALLS[plan.lift], block, args, {}, axes, own_batch, out_axes)
+
+    def _remember_context(self, results: fx.Node) -> None:
+        """Note the kept tokens' keys and values, which the rewritten graph returns after the block's outputs."""
+        states, first = self.plan.states, len(self.plan.outputs)
+        if states:
+            fresh = [
+                self._call(f"fresh_{index}", operator.getitem, results, first + index) for index in range(len(states))
+            ]
+            kept = [self._indices(state.tokens) for state in states]
+            places = [(state.tokens.axis, state.batch_axis) for state in states]
+            self._call("remembered_context", memory.remember_context, self.memory, kept, fresh, places)
 
     def _put(self, index: int, result: fx.Node, taken: list[fx.Node], scores: fx.Node) -> fx.Node:
         """Gate the stream's result, and put it back among the tokens that were skipped."""

@@ -41,7 +41,7 @@ def _check_forward(module: nn.Module, fqn: str) -> None:
 
 def plan_model(analysis: ModelAnalysis) -> ModelPlan:
     """The finished plan. Raises BlockNotFoundError, listing every candidate with its reason, where nothing can be routed;
-    UnsupportedError where routers are to see a timestep that the model does not take."""
+    UnsupportedError where routers, or stale context, need a timestep that the model does not take."""
     if not analysis.sites:
         found = "\n".join(f"  - {refusal}" for refusal in analysis.refusals) or "  - no module takes and returns tokens"
         raise BlockNotFoundError(
@@ -52,6 +52,12 @@ def plan_model(analysis: ModelAnalysis) -> ModelPlan:
         raise UnsupportedError(
             f"router='timestep' needs to know which input of {type(analysis.model).__name__} is the timestep "
             f"({analysis.timestep_note}). Name it by DiffCRConfig(timestep_argument=...), or use router='token'."
+        )
+    if analysis.config.context == "stale" and analysis.timestep is None:
+        raise UnsupportedError(
+            f"context='stale' remembers keys and values from one timestep to the next, and which input of "
+            f"{type(analysis.model).__name__} is the timestep is not known ({analysis.timestep_note}). Name it by "
+            "DiffCRConfig(timestep_argument=...), or use context='all'."
         )
     family_flops = [0] * len(analysis.families)
     for site in analysis.sites:
@@ -111,7 +117,8 @@ def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan,
     except Refused as refused:
         raise UnsupportedError(
             f"{fqn} has changed since it was analysed (adapters, quantisation, processors, dtype, offload), and its graph can't be "
-            f"rewritten for context='all' any more: {refused}. Restore the model and transform it again, or use context='kept'."
+            f"rewritten for context={config.context!r} any more: {refused}. Restore the model and transform it again, "
+            "or use context='kept'."
         ) from refused
 
 

@@ -13,7 +13,7 @@ import sympy
 from torch import fx
 
 from ..arguments import leaf_name
-from ..plan import LeafPlan, OutputPlan, Size, TokenAxis
+from ..plan import LeafPlan, OutputPlan, Size, StatePlan, TokenAxis
 from .analysis import NotJoined, Refused, TensorInfo
 from .block import BlockAnalysis
 from .residual import residual_sources
@@ -75,6 +75,19 @@ def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:
         leaves.append(LeafPlan(path, leaf_name(path), isinstance(leaf, TensorInfo), text, axes, batch_axis))
     outputs = tuple(_plan_output(block, output, names) for output in block.graph_outputs)
     return replace(block, leaves=tuple(leaves), outputs=outputs)
+
+
+def plan_state(block: BlockAnalysis, dims: tuple[sympy.Expr, ...], name: str) -> StatePlan:
+    """How a tensor of the block's graph, keys or values, is remembered. Refuses one without an axis of its own for samples and for
+    tokens, and one with another axis that is not of fixed size."""
+    axes = [axis for axis, size in enumerate(dims) if _holds(block, size)]
+    if block.batch not in dims or len(axes) != 1:
+        raise Refused(f"keys or values without a batch and a token axis: {_text(dims)}")
+    batch_axis = dims.index(block.batch)
+    if any(size.free_symbols for axis, size in enumerate(dims) if axis not in (axes[0], batch_axis)):
+        raise Refused(f"keys or values with more than a batch and a token axis: {_text(dims)}")
+    text = tuple(_axis_text(size, _axis_names(block)) for size in dims)
+    return StatePlan(text, batch_axis, token_axis_of(block, axes[0], dims[axes[0]], name))
 
 
 def _holds(block: BlockAnalysis, size: sympy.Expr) -> bool:

@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..arguments import iterate_leaves, map_leaves, unbind_arguments
 from ..config import DiffCRConfig
 from ..context import ContextGraph
+from ..memory import Memory, allocate, remember_all_context
 from ..plan import BlockPlan, LeafPlan, Lift
-from ..primitives import score_tokens, select_tokens, take_tokens
+from ..primitives import place_indices, put_tokens, score_tokens, select_tokens, take_tokens
+from ..routed import Program
 from .analysis import Refused, TensorInfo, log
 from .block import BlockAnalysis
 from .program import write_program
@@ -230,11 +232,19 @@ class Trial:
 
     @torch.no_grad()
     def check_context(self, plan: BlockPlan, graph: ContextGraph) -> float:
-        """With keys and values from all tokens, kept tokens equal the dense block's; returns the largest relative error."""
-        program = write_program(plan, DiffCRConfig())
+        """With keys and values from all tokens, kept tokens equal the dense block's; returns the largest relative error.
+
+        Those that are remembered are of the same tokens; of others, they are changed at the kept tokens and nowhere else.
+        """
+        stale = plan.context == "stale"
+        config = DiffCRConfig(skip="reuse", context="stale", selection="score") if stale else DiffCRConfig()
+        program = write_program(plan, config)
         weight = torch.randn(plan.width, generator=self.generator)
         own = graph.on(weight.device)
-        routed, kept = program(own.bind(self.module), weight, NUM_KEPT, self.values)
+        memory = self._remember(plan, own, config, self.values) if stale else None
+        routed, kept = program(own.bind(self.module), weight, NUM_KEPT, self.values, memory)
+        if plan.states:
+            self._check_renewal(plan, own, config, program, weight)
         results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
         worst = 0.0
         for output, result, value in zip(plan.outputs, results, self._run(self.values), strict=True):
@@ -245,6 +255,36 @@ class Trial:
         if not worst < TOLERANCE:
             raise Refused(f"a kept token differs by {worst:.1e} from the dense block's")
         return worst
+
+    def _remember(self, plan: BlockPlan, graph: ContextGraph, config: DiffCRConfig, values: list[Any]) -> Memory:
+        """Memory of a dense call on ``values``, which is to give the block's own bits."""
+        rank, now = torch.zeros(self.num_tokens), torch.zeros(1)
+        memory = allocate(plan, values, config, rank, now)
+        if plan.states:
+            tensors = [_clone(value) for value, leaf in zip(values, plan.leaves, strict=True) if leaf.is_tensor]
+            found = graph.run_dense(self.module, tensors)
+            if not all(map(torch.equal, found, self._run(values))):
+                raise Refused("its graph gives other bits than the block")
+            remember_all_context(memory, found[len(plan.outputs) :])
+        return memory
+
+    def _check_renewal(
+        self, plan: BlockPlan, graph: ContextGraph, config: DiffCRConfig, program: Program, weight: Tensor
+    ) -> None:
+        earlier = [self._value(index, leaf) for index, (_, leaf) in enumerate(self.block.call_leaves)]
+        memory = self._remember(plan, graph, config, earlier)
+        before = [held.clone() for held in memory.context]
+        _, kept = program(graph.bind(self.module), weight, NUM_KEPT, self.values, memory)
+        fresh = self._remember(plan, graph, config, self.values).context
+        for state, held, old, new in zip(plan.states, memory.context, before, fresh, strict=True):
+            others = [
+                sum(self.values[index].shape[axis] for index, axis in part)
+                for part in (state.tokens.before, state.tokens.after)
+            ]
+            indices = place_indices(kept, others[0], self.num_tokens, others[1])
+            axes = (state.tokens.axis, state.batch_axis)
+            if not relative_error(held, put_tokens(old, indices, take_tokens(new, indices, *axes), *axes)) < TOLERANCE:
+                raise Refused("its graph remembers other keys and values than the kept tokens'")
 
     def writes_into_tokens(self) -> bool:
         """Whether the block changes its token input in place. Refuses one that changes another input that follows the tokens:

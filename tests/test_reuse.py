@@ -1,4 +1,4 @@
-"""``skip="reuse"`` and ``context="all"``: the laws, over trajectories of tiny models whose samples keep different tokens."""
+"""``skip="reuse"`` with context from every token: the laws, over trajectories of tiny models whose samples keep other tokens."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ PLAIN = Shape("plain", depth=2, heads=2, head_dim=6, masked=True)
 SHAPES = (PLAIN, Shape("rotary", depth=2, heads=2, head_dim=8), Shape("joint", depth=2, heads=1, head_dim=8))
 STEPS = (990.0, 700.0, 450.0, 200.0, 10.0)
 TOLERANCE = 1e-5
+every_token = pytest.mark.parametrize("context", ["all", "stale"])
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def test_with_full_context_a_kept_token_equals_the_dense_block(shape: Shape) -> 
             assert relative_error(one, other) < TOLERANCE
 
 
-@pytest.mark.parametrize("context", ["kept", "all"])
+@pytest.mark.parametrize("context", ["kept", "all", "stale"])
 def test_the_first_step_is_dense_and_zero_is_the_original(context: str) -> None:
     model, plain = transformed(skip="reuse", context=context), original(PLAIN)
     assert all(same_bits(a, b) for a, b in zip(sample(model), sample(plain), strict=True))
@@ -136,9 +137,10 @@ def test_skipped_tokens_take_the_last_update_to_the_bit() -> None:
             updates[call.fqn] = fresh
 
 
-def test_samples_are_independent() -> None:
+@every_token
+def test_samples_are_independent(context: str) -> None:
     """Law 5: a permuted batch gives the permuted result, all along a trajectory."""
-    model = transformed(skip="reuse", context="all", selection="score and turn")
+    model = transformed(skip="reuse", context=context, selection="score and turn")
     diffcr_compile.set_ratios(model, 0.5)
     order = torch.tensor([2, 0, 1])
     permuted = []
@@ -152,8 +154,9 @@ def test_samples_are_independent() -> None:
     assert all(relative_error(b, a[order]) < TOLERANCE for a, b in zip(straight, permuted, strict=True))
 
 
-def test_guidance_in_two_calls_equals_guidance_in_a_batch() -> None:
-    model = transformed(skip="reuse", context="all", selection="turn")
+@every_token
+def test_guidance_in_two_calls_equals_guidance_in_a_batch(context: str) -> None:
+    model = transformed(skip="reuse", context=context, selection="turn")
     diffcr_compile.set_ratios(model, 0.5)
     together = sample(model)
     diffcr_compile.reset(model)
@@ -167,8 +170,9 @@ def test_guidance_in_two_calls_equals_guidance_in_a_batch() -> None:
     assert all(relative_error(b, a) < TOLERANCE for a, b in zip(together, apart, strict=True))
 
 
-def test_threads_do_not_share_a_trajectory() -> None:
-    model = transformed(skip="reuse", context="all", selection="turn")
+@every_token
+def test_threads_do_not_share_a_trajectory(context: str) -> None:
+    model = transformed(skip="reuse", context=context, selection="turn")
     diffcr_compile.set_ratios(model, 0.5)
     expected = {seed: sample(model, seed=seed)[-1] for seed in (1, 2)}
     found: dict[int, Tensor] = {}
@@ -185,10 +189,11 @@ def test_threads_do_not_share_a_trajectory() -> None:
 
 
 @pytest.mark.parametrize("scope", ["regional", "full"])
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: shape.kind)
-def test_lowered_equals_eager(scope: str, shape: Shape) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind)
+@every_token
+def test_lowered_equals_eager(scope: str, shape: Shape, context: str) -> None:
     torch._dynamo.reset()
-    model = transformed(shape, skip="reuse", context="all", selection="turn", num_regions=4)
+    model = transformed(shape, skip="reuse", context=context, selection="turn", num_regions=4)
     diffcr_compile.set_ratios(model, [[0.2, 0.5], [0.5, 0.5], [0.5, 0.0], [0.2, 0.0]])
     eager = copy.deepcopy(model)
     diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
@@ -211,8 +216,8 @@ def test_a_lowered_model_forgets_what_it_no_longer_skips(scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["regional", "full"])
-@pytest.mark.parametrize("skip", ["identity", "reuse"])
-def test_a_wrapped_layer_is_not_passed_by_when_lowered(scope: str, skip: str) -> None:
+@pytest.mark.parametrize(("skip", "context"), [("identity", "all"), ("reuse", "all"), ("reuse", "stale")])
+def test_a_wrapped_layer_is_not_passed_by_when_lowered(scope: str, skip: str, context: str) -> None:
     """An adapter with the layer's own attributes, put on after the graphs were made."""
     torch._dynamo.reset()
 
@@ -220,7 +225,7 @@ def test_a_wrapped_layer_is_not_passed_by_when_lowered(scope: str, skip: str) ->
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 0.5 * x
 
-    model = transformed(skip=skip, context="all")
+    model = transformed(skip=skip, context=context)
     diffcr_compile.set_ratios(model, 0.5)
     eager = copy.deepcopy(model)
     diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
@@ -243,19 +248,51 @@ def test_cost_reports_the_memory() -> None:
 
 
 def test_full_context_costs_more_than_kept_and_less_than_dense() -> None:
-    shares = []
-    for context in ("kept", "all"):
-        model = transformed(context=context)
+    """Stale keys and values cost what kept tokens' do, but for attention over all of them, and memory."""
+    costs = {}
+    for context in ("kept", "stale", "all"):
+        model = transformed(skip="reuse", context=context)
         diffcr_compile.set_ratios(model, 0.5)
-        shares.append(diffcr_compile.cost(model, tiny_inputs(PLAIN)).share)
-    assert shares[0] < shares[1] < 1
+        costs[context] = diffcr_compile.cost(model, tiny_inputs(PLAIN))
+    assert costs["kept"].share < costs["stale"].share < costs["all"].share < 1
+    batch, num_tokens = tiny_inputs(PLAIN)["x"].shape[:2]
+    held = 2 * batch * num_tokens * PLAIN.width * 4 * len(routed_fqns(model))
+    assert costs["stale"].memory_bytes == costs["all"].memory_bytes + held
 
 
-def test_a_replaced_submodule_is_not_passed_by() -> None:
+def test_stale_context_needs_a_timestep() -> None:
+    """A model without one has no trajectory in which anything could be remembered."""
+    plain = original(PLAIN)
+
+    class Still(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = plain
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.model(x=x, timestep=torch.zeros(len(x)), mask=mask)
+
+    inputs = {name: value for name, value in tiny_inputs(PLAIN).items() if name != "timestep"}
+    config = DiffCRConfig(skip="reuse", context="stale")
+    with pytest.raises(diffcr_compile.UnsupportedError, match="use context='all'"):
+        diffcr_compile.transform(Still(), config, example_inputs=inputs)
+
+
+def test_stale_context_in_a_dense_step_is_the_block_to_the_bit() -> None:
+    """Steps in the middle of a trajectory whose row is zero: keys and values are remembered, and the result is the dense one's."""
+    model = transformed(skip="reuse", context="stale", num_regions=4)
+    diffcr_compile.set_ratios(model, [[0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    pairs = list(zip(sample(model), sample(original(PLAIN)), strict=True))
+    assert all(same_bits(a, b) for a, b in pairs[:3])
+    assert not same_bits(*pairs[-1])
+
+
+@every_token
+def test_a_replaced_submodule_is_not_passed_by(context: str) -> None:
     """An adapter put on a layer after ``transform`` is in the result: the graph is rewritten."""
-    model = transformed(context="all")
+    model = transformed(skip="reuse", context=context)
     diffcr_compile.set_ratios(model, 0.5)
-    before = sample(model, steps=(500.0,))[0]
+    before = sample(model, steps=(700.0, 500.0))[1]
 
     class Adapted(torch.nn.Module):
         def __init__(self, base: torch.nn.Module) -> None:
@@ -267,12 +304,14 @@ def test_a_replaced_submodule_is_not_passed_by() -> None:
 
     for block in model.blocks:
         block.stream.out = Adapted(block.stream.out)  # type: ignore[union-attr]
-    assert relative_error(sample(model, steps=(500.0,))[0], before) > 1e-3
+    after = sample(model, steps=(700.0, 500.0))[1]
+    assert relative_error(after, before) > 1e-3
 
 
-def test_dtype_and_artefact(tmp_path: Any) -> None:
+@every_token
+def test_dtype_and_artefact(tmp_path: Any, context: str) -> None:
     """``half`` after ``transform``, and ``load`` without inputs, both write the graph anew."""
-    model = transformed(skip="reuse", context="all", selection="turn")
+    model = transformed(skip="reuse", context=context, selection="turn")
     diffcr_compile.set_ratios(model, 0.5)
     expected = sample(model)
     diffcr_compile.save(model, tmp_path / "routing")
@@ -283,14 +322,15 @@ def test_dtype_and_artefact(tmp_path: Any) -> None:
     assert relative_error(half[-1].float(), expected[-1]) < 0.1
 
 
-def test_calibrate_without_training_prefers_the_steps_and_blocks_that_suffer_least() -> None:
-    model = transformed(skip="reuse", context="all", selection="turn")
+@every_token
+def test_calibrate_without_training_prefers_the_steps_and_blocks_that_suffer_least(context: str) -> None:
+    model = transformed(skip="reuse", context=context, selection="turn")
     with diffcr_compile.record(model) as batches:
         sample(model, steps=tuple(float(step) for step in range(990, 0, -60)))
     report = diffcr_compile.calibrate(model, batches, budget=0.7)
     assert 0.7 * 0.99 <= report.share <= 0.7
     assert not report.history
-    uniform = transformed(skip="reuse", context="all", selection="turn")
+    uniform = transformed(skip="reuse", context=context, selection="turn")
     low, high = 0.0, 1.0
     for _ in range(10):
         middle = (low + high) / 2

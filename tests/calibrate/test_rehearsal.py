@@ -182,7 +182,7 @@ def test_a_second_step_knows_one_before_it() -> None:
 
 @BOTH
 @SELECTIONS
-@pytest.mark.parametrize("context", ["kept", "all"])
+@pytest.mark.parametrize("context", ["kept", "all", "stale"])
 @pytest.mark.parametrize("shape", [PLAIN, JOINT], ids=lambda shape: shape.kind)
 @pytest.mark.parametrize("ratio", [0.3, 0.9])
 def test_at_a_bin_learning_has_the_values_of_sampling(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,20 +11,22 @@ import torch
 from diffcr_compile.passes.block import BlockAnalysis
 from diffcr_compile.passes.blocks import BLOCK_PASSES
 from diffcr_compile.passes.context import prove_context
+from diffcr_compile.passes.program import write_program
 from hand import D, Hand, N, T, analyse, block_of, draw
 from torch import Tensor
 
 from diffcr_compile import DiffCRConfig
+from diffcr_compile.memory import allocate, remember_all_context
+
+OPTIONS = {"all": DiffCRConfig(context="all"), "stale": DiffCRConfig(skip="reuse", context="stale", selection="score")}
 
 
-def finish(block: Any, **arguments: Any) -> BlockAnalysis:
-    """Analysed for full context."""
+def finish(block: Any, context: str = "all", /, **arguments: Any) -> BlockAnalysis:
+    """Analysed for context from every token."""
     passes = [step for step in BLOCK_PASSES if step is not prove_context]
 
     def ask_for_all(state: BlockAnalysis) -> BlockAnalysis:
-        from dataclasses import replace
-
-        return replace(state, config=DiffCRConfig(context="all"))
+        return replace(state, config=OPTIONS[context])
 
     return analyse(block, arguments, [*passes, ask_for_all, prove_context])
 
@@ -69,14 +72,54 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("context", OPTIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_form_is_rewritten_and_proved(name: str) -> None:
+def test_the_form_is_rewritten_and_proved(name: str, context: str) -> None:
     """The proof is at batch 3 with other tokens for each sample, to a relative error far below its limit."""
     forward, arguments = CASES[name]
-    block = finish(block_of(forward), **arguments)
+    block = finish(block_of(forward), context, **arguments)
     assert block.plan is not None
-    assert (block.plan.context, block.plan.context_note) == ("all", "")
+    assert (block.plan.context, block.plan.context_note) == (context, "")
     assert block.plan.error < 1e-5
+    # keys and values; a product over all tokens has none of each token's own
+    assert len(block.plan.states) == (2 if context == "stale" and name != "linear attention" else 0)
+
+
+@pytest.mark.parametrize(("name", "width"), [("plain", D // 2), ("softmax written out", D), ("joint", D // 2)])
+def test_stale_keys_and_values_are_those_of_the_step_in_which_a_token_was_last_kept(name: str, width: int) -> None:
+    """Against attention written out by hand, over three steps with other tokens kept in each."""
+    forward, arguments = CASES[name]
+    module = block_of(forward)
+    block = finish(module, "stale", **arguments)
+    plan = block.plan
+    assert plan is not None
+    assert block.context_graph is not None
+    program = write_program(plan, OPTIONS["stale"])
+    module = block.module
+    weight = draw(D)
+    generator = torch.Generator().manual_seed(0)
+    steps = [[torch.randn(value.shape, generator=generator) for value in arguments.values()] for _ in range(3)]
+    memory = allocate(plan, steps[0], OPTIONS["stale"], torch.zeros(N), torch.zeros(1))
+    with torch.no_grad():
+        remember_all_context(memory, block.context_graph.run_dense(module, steps[0])[len(plan.outputs) :])
+        latest = seen(module, steps[0])
+        for values in steps[1:]:
+            output, kept = program(block.context_graph.bind(module), weight, N // 2, values, memory)
+            now, length = seen(module, values), 0 if len(values) == 1 else values[1].shape[1]
+            for sample, positions in enumerate(kept.tolist()):
+                rows = [*range(length), *(length + position for position in positions)]
+                for held, fresh in zip(latest[1:], now[1:], strict=True):
+                    held[sample, :, rows] = fresh[sample, :, rows]
+                q, k, v = now[0][sample : sample + 1], latest[1][sample : sample + 1], latest[2][sample : sample + 1]
+                attended = module.join((q @ k.transpose(-1, -2) / width**0.5).softmax(-1) @ v)
+                stream = output if isinstance(output, Tensor) else output[0]
+                expected = values[0][sample, positions] + attended[0, [length + position for position in positions]]
+                torch.testing.assert_close(stream[sample, positions], expected, rtol=1e-4, atol=1e-4)
+
+
+def seen(module: Any, values: list[Tensor]) -> list[Tensor]:
+    """Queries, keys and values of all tokens."""
+    return [part.clone() for part in module.heads(torch.cat(values[::-1], dim=1))]
 
 
 def test_only_what_keys_and_values_need_is_computed_for_all() -> None:
@@ -87,6 +130,16 @@ def test_only_what_keys_and_values_need_is_computed_for_all() -> None:
     assert sum("linear" in name for name in names) == 2
     assert names.count("take_tokens") == 1
     assert block.context_graph.attributes == ("qkv.weight", "qkv.bias", "out.weight", "out.bias")
+
+
+def test_with_stale_context_nothing_is_computed_for_all() -> None:
+    block = finish(block_of(plain), "stale", x=draw())
+    assert block.context_graph is not None
+    names = [getattr(node.target, "__name__", str(node.target)) for node in block.context_graph.graph.graph.nodes]
+    assert "take_tokens" not in names
+    assert names.count("put_tokens") == 2
+    (x,) = (node for node in block.context_graph.graph.graph.nodes if node.name == "x")
+    assert all(user.target == "size" for user in x.users)
 
 
 def test_kept_context_asks_for_nothing() -> None:
@@ -102,9 +155,10 @@ def einsum(self: Hand, x: Tensor) -> Tensor:
     return x + self.join(torch.einsum("bhnm,bhmd->bhnd", weights, v))
 
 
-def test_what_does_not_allow_it_says_why_and_keeps_kept_context() -> None:
+@pytest.mark.parametrize("context", OPTIONS)
+def test_what_does_not_allow_it_says_why_and_keeps_kept_context(context: str) -> None:
     """Products written as einsum are not told apart into queries and keys."""
-    block = finish(block_of(einsum), x=draw())
+    block = finish(block_of(einsum), context, x=draw())
     assert block.plan is not None
     assert block.plan.context == "kept"
     assert block.plan.context_note.startswith("keys and values from kept tokens only: ")

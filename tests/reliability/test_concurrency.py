@@ -296,7 +296,7 @@ def test_memory_is_steady_over_two_thousand_calls(options: dict[str, Any]) -> No
     assert_steady(cycle, calls=5, cycles=400)
 
 
-@pytest.mark.parametrize("context", ["kept", "all"])
+@pytest.mark.parametrize("context", ["kept", "all", "stale"])
 def test_memory_is_steady_over_trajectories_with_reuse(context: str) -> None:
     model = model_of(skip="reuse", context=context)
 

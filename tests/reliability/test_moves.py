@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "identity": {},
     "reuse, turn": {"skip": "reuse"},
     "reuse, score": {"skip": "reuse", "selection": "score", "context": "kept"},
+    "reuse, stale context": {"skip": "reuse", "context": "stale"},
 }
 if NIGHTLY:
     OPTIONS |= {
@@ -48,7 +49,7 @@ with_reuse = pytest.mark.parametrize("options", REUSE.values(), ids=REUSE.keys()
 
 
 def reads_all_tokens(options: dict[str, Any]) -> bool:
-    return DiffCRConfig(**options).context == "all"
+    return DiffCRConfig(**options).context != "kept"
 
 
 def model_of(options: dict[str, Any], table: Any = TABLE) -> TinyDiT:
