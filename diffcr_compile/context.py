@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .settings import settings_of
+
 ContextKey = tuple[Any, ...]
 
 
@@ -24,13 +26,15 @@ class ContextGraph:
 
     graph: placeholders are the block's ``attributes`` (names of parameters and buffers), ``constants``, the positions kept (B, K),
     the call's tensors, those of them that follow the tokens once more, indexed, and the keys and values that are remembered;
-    returns the block's output tensors at the kept tokens, then the kept tokens' keys and values. fill: where any are remembered,
-    the block as it is; takes the attributes, constants and tensors, returns the outputs and keys and values of all tokens.
+    returns the block's output tensors at the kept tokens, then the kept tokens' keys and values. given: what it was called with
+    beside tensors when it was exported, as settings. fill: where any are remembered, the block as it is; takes the attributes,
+    constants and tensors, returns the outputs and keys and values of all tokens.
     """
 
     graph: fx.GraphModule
     attributes: tuple[str, ...]
     constants: tuple[Tensor, ...]
+    given: tuple[object, ...] = ()
     fill: fx.GraphModule | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextGraph:
@@ -51,7 +55,7 @@ class ContextGraph:
         """The same on another device: an export writes the one that it saw into every tensor that the graph makes."""
         constants = tuple(constant.to(device) for constant in self.constants)
         fill = None if self.fill is None else _on(self.fill, device)
-        return ContextGraph(_on(self.graph, device), self.attributes, constants, fill)
+        return ContextGraph(_on(self.graph, device), self.attributes, constants, self.given, fill)
 
     def bind(self, module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         """The graph with the parameters of ``module``."""
@@ -74,20 +78,11 @@ def _on(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
 def context_key(module: nn.Module) -> ContextKey:
     """What a rewritten graph depends on beside the kind of call: the block's modules, what is set on them, dtypes and device."""
-    parts = tuple((type(part), part.training, _extras(part)) for part in module.modules())
+    parts = tuple((type(part), part.training, settings_of(part, wrappers=False)) for part in module.modules())
     hooks = sum(
         len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules() if part is not module
     )
     return parts, hooks, tuple((parameter.dtype, parameter.device) for parameter in module.parameters())
-
-
-def _extras(part: nn.Module) -> tuple[Any, ...]:
-    """Kinds of the plain attributes set on a module, a processor for instance, and its switches."""
-    return tuple(
-        value if isinstance(value, bool) else type(value)
-        for name, value in vars(part).items()
-        if not name.startswith("_") and name not in ("training", "forward")
-    )
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor:

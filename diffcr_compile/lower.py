@@ -22,6 +22,7 @@ from .config import Scope
 from .errors import LoweringError
 from .region import follow_trajectory, pin_region, resolve_regions
 from .routed import STATE, BlockRouting, ModelRouting, Recalled, contexts_are_current, forward_at, router_vector, settle
+from .settings import setting
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -71,6 +72,7 @@ class Lowered:
     options: dict[str, Any]
     clone_outputs: bool
     graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    given: dict[Any, object] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lowered:
         return Lowered(self.scope, self.options, self.clone_outputs)
@@ -120,7 +122,7 @@ class Lowered:
             shapes = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(bound) if isinstance(leaf, torch.Tensor))
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
         with pin_region(state, regions[0], row):
-            if recalled is None or not contexts_are_current(model, state, row):
+            if recalled is None or not contexts_are_current(model, state, row) or self._is_given_other(state, bound):
                 return model._call_impl(*args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
             state.current.recalled = recalled
             first = trajectory is not None and trajectory.first
@@ -128,6 +130,13 @@ class Lowered:
             key = (row, region, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
             output = self._graph(key, _model_body)(model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
+
+    def _is_given_other(self, state: ModelRouting, bound: dict[str, Any]) -> bool:
+        """Whether a call holds other values beside its tensors than the last one, which rewritten graphs hold."""
+        if state.config.context == "kept":
+            return False
+        before, self.given = self.given or _settings(state.example_inputs), _settings(bound)
+        return before != self.given
 
     def _graph(self, key: Any, body: Callable[..., Any]) -> Callable[..., Any]:
         graph = self.graphs.get(key)
@@ -155,6 +164,12 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     """The same function with a code object of its own, and so with a recompilation count of its own."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
     return types.FunctionType(code, function.__globals__, code.co_name)
+
+
+def _settings(inputs: dict[str, Any]) -> dict[Any, object]:
+    """What a call holds beside tensors."""
+    leaves = iterate_leaves(inputs)
+    return {path: setting(leaf) for path, leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)}
 
 
 def _clone(output: Any) -> Any:

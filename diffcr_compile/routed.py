@@ -26,6 +26,7 @@ from .memory import Memory, blank, remember_all, remember_all_context, resume_to
 from .plan import BlockPlan, ModelPlan
 from .ratios import capacity, nearest_bin
 from .router import Router
+from .settings import setting
 from .trajectory import Trajectory
 
 STATE = "_diffcr"
@@ -87,12 +88,13 @@ class Current(threading.local):
 class Program:
     """The routed program of one family at one call signature: its plan and its FX graph (shared, never copied).
 
-    contexts: with full context, the rewritten graph of the block itself for each state its modules have been met in.
+    contexts: with context from every token, the rewritten graph of the block itself for each state its modules have been met in,
+    and what it was given beside tensors.
     """
 
     plan: BlockPlan
     graph: fx.GraphModule
-    contexts: dict[ContextKey, ContextGraph] = field(default_factory=dict)
+    contexts: dict[tuple[ContextKey, Any], ContextGraph] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
@@ -131,6 +133,11 @@ class Program:
         if output.source is not None:
             return values[output.source]
         return tokens.new_zeros(*tokens.shape[:-1], int(output.dims[-1]))
+
+    def given(self, bound: dict[str, Any]) -> tuple[object, ...]:
+        """What a bound call holds beside tensors, as settings: an export writes it into its graph."""
+        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+        return tuple(setting(value) for value, leaf in zip(values, self.plan.leaves, strict=True) if not leaf.is_tensor)
 
     def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
         """The leaves of a bound call, after a check that the lengths which follow the tokens do so here; what the caller leaves to
@@ -365,7 +372,8 @@ def prepare(
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
-    if trajectory is None or trajectory.first or routing.context is None:
+    context = routing.context
+    if trajectory is None or trajectory.first or context is None or context.given != program.given(bound):
         _write_context(module, routing, program, bound)  # adapters are put on and taken off between trajectories
     if trajectory is None or not remembers:
         return ratio, None
@@ -391,7 +399,10 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
         programs = [program for program in block.programs.values() if program.plan.context != "kept"]
         if programs and (ratio or any(block.ratios)):
             key = context_key(model.get_submodule(block.fqn))
-            if not any(block.context is program.contexts.get(key, ()) for program in programs):
+            context = block.context
+            if context is None or not any(
+                context is program.contexts.get((key, context.given)) for program in programs
+            ):
                 return False
     return True
 
@@ -399,7 +410,7 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
 def _write_context(module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any]) -> None:
     if program.plan.context == "kept":
         return
-    key = context_key(module)
+    key = (context_key(module), program.given(bound))
     if key not in program.contexts:
         assert routing.model.rebuild is not None
         program.contexts[key] = routing.model.rebuild(module, routing.fqn, program.plan, bound)

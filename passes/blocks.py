@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..arguments import iterate_leaves, map_leaves
 from ..context import ContextGraph
 from ..plan import BlockPlan, Refusal, Site
+from ..settings import fingerprint, setting, settings_of
 from .analysis import Call, ModelAnalysis, NotJoined, Refused, TensorInfo, log, run_passes
 from .attention import find_attention
 from .block import BlockAnalysis
 from .branches import prove_added
-from .context import prove_context
+from .context import prove_context, prove_same_context
 from .export import export_block, trace_around
 from .tokens import find_stream, plan_leaves
 from .verify import prove_block
@@ -186,7 +185,8 @@ class _Search:
         if alike in self._proved:
             family, proved = self._proved[alike]
             try:
-                prove_block(replace(proved, module=module, fqn=fqn))
+                prove_block(own := replace(proved, module=module, fqn=fqn))
+                prove_same_context(own)
                 return family
             except Refused:
                 log.info("%s is not like its neighbours, though only its place in the stack differs", fqn)
@@ -294,57 +294,14 @@ def _family_key(module: nn.Module, call: Call, *, positions: bool = True) -> Any
     """What two blocks must share for one proof to serve both: class, parameters, settings, and the kind of call. Without their
     ``positions`` (the number of a layer): for one export to serve both."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-    settings = tuple((name, type(part).__name__, _settings(part, positions)) for name, part in module.named_modules())
-    buffers = tuple((name, _fingerprint(buffer)) for name, buffer in module.named_buffers())
+    settings = tuple(
+        (name, type(part).__name__, settings_of(part, positions=positions)) for name, part in module.named_modules()
+    )
+    buffers = tuple((name, fingerprint(buffer)) for name, buffer in module.named_buffers())
     leaves = map_leaves(lambda _, leaf: _kind_of(leaf), call.arguments)
     return type(module), shapes, settings, buffers, repr(leaves)
 
 
 def _kind_of(leaf: Any) -> object:
     """What two leaves share that one plan serves: rank, and which axes are of size one (to be broadcast); else the value."""
-    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, TensorInfo) else _setting(leaf)
-
-
-_INNER = {"training", "forward", *vars(nn.Module())}
-"""Attributes that every module has."""
-
-
-def _settings(module: nn.Module, positions: bool) -> tuple[tuple[str, object], ...]:
-    """Every attribute of a module's own that may change what it does."""
-    return tuple(
-        (name, _setting(value))
-        for name, value in sorted(vars(module).items())
-        if name not in _INNER and (positions or type(value) is not int)
-    )
-
-
-def _setting(value: Any, depth: int = 3) -> object:
-    """What an attribute says, comparable between the layers of a model: an object's own attributes count, not which it is."""
-    if value is None or isinstance(value, bool | str | int | float | torch.dtype | torch.device):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return _fingerprint(value)
-    if isinstance(value, nn.Module):
-        return type(value)
-    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-        return id(value)
-    if depth == 0:
-        return type(value)
-    if isinstance(value, dict):
-        return tuple((repr(key), _setting(item, depth - 1)) for key, item in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value), tuple(_setting(item, depth - 1) for item in value)
-    own = sorted(getattr(value, "__dict__", {}).items())
-    return type(value), tuple((name, _setting(item, depth - 1)) for name, item in own)
-
-
-_HASHED = 1 << 16
-"""Tensors of at most this many values are compared by all of them, larger ones by shape and sum."""
-
-
-def _fingerprint(tensor: Tensor) -> object:
-    kind = tuple(tensor.shape), tensor.dtype
-    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_complex():
-        return kind
-    values = tensor.detach().flatten()
-    return kind, tuple(values.tolist()) if values.numel() <= _HASHED else float(values.double().sum())
+    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, TensorInfo) else setting(leaf)

@@ -39,6 +39,7 @@ from .. import primitives
 from ..arguments import map_leaves
 from ..context import ContextGraph
 from ..plan import BlockPlan, StatePlan
+from ..settings import setting
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
 from .export import export_block
@@ -81,6 +82,14 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
         return replace(block, plan=replace(plan, context_note=note))
 
 
+def prove_same_context(block: BlockAnalysis) -> None:
+    """Refuses a block for which the graph of the one it is a neighbour of, whose analysis it carries, is not right: an export
+    writes the numbers that a module holds into the graph."""
+    if block.context_graph is not None:
+        assert block.plan is not None
+        Trial(block).check_context(block.plan, block.context_graph)
+
+
 def rebuild_context(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
     """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused.
 
@@ -95,7 +104,7 @@ def _rebuild(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any]
     call = Call(fqn, arguments, plan.output_template, 0)
     branch = plan.is_branch
     block = BlockAnalysis(module, fqn, call, config, attention=plan.attention, is_branch=branch)
-    block = export_block(block)
+    block = export_block(block, as_it_is=True)
     dims = block.leaf_dims[plan.stream]
     token, batch = dims[plan.token_axis], dims[plan.batch_axis]
     block = replace(block, token_symbols=frozenset(token.free_symbols))
@@ -182,7 +191,9 @@ class _Writer:
         self.graph.output((*results, *(self.kept(node) for node in self.states)))
         self.graph.lint()
         graph = fx.GraphModule({}, self.graph, class_name="Context")
-        return ContextGraph(graph, self.attributes, self.constants, self._write_fill()), tuple(self.states.values())
+        given = tuple(setting(leaf) for _, leaf in self.block.call_leaves if not isinstance(leaf, TensorInfo))
+        fill = self._write_fill()
+        return ContextGraph(graph, self.attributes, self.constants, given, fill), tuple(self.states.values())
 
     def _write_fill(self) -> fx.GraphModule | None:
         """The block as it is, with what is to be remembered of all tokens for further outputs."""

@@ -49,8 +49,9 @@ class _FlatCall(nn.Module):
         return tuple(found)
 
 
-def export_block(block: BlockAnalysis) -> BlockAnalysis:
-    """Fill in ``graph``, its inputs, outputs and their shapes. Refuses what torch.export can't take, with its reason."""
+def export_block(block: BlockAnalysis, *, as_it_is: bool = False) -> BlockAnalysis:
+    """Fill in ``graph``, its inputs, outputs and their shapes; ``as_it_is``: of the modes that its modules are in (dropout), not of
+    evaluation. Refuses what torch.export can't take, with its reason."""
     if block.call.num_operators > LONGEST:
         raise Refused(
             f"it runs {block.call.num_operators} operators in one call (a loop over frames or tokens), too many to export"
@@ -59,10 +60,12 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
     errors: list[Exception] = []
     # Some blocks go by values in evaluation alone; what the graph of training suggests is proved on the real one anyway.
-    for training in (False, True):
+    for training in (None if as_it_is else False, True):
+        if training is not None:
+            flat.train(training)
         try:
             with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
-                program = export(flat.train(training), tensors, dynamic_shapes=(dynamic,), strict=False)
+                program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
             break
         except Exception as raised:  # torch.export raises whatever the block's code does
             errors.append(raised)
@@ -87,7 +90,7 @@ def export_block(block: BlockAnalysis) -> BlockAnalysis:
 def trace_around(block: BlockAnalysis, parts: dict[str, tuple[Call, ...]]) -> fx.Graph:
     """A block's graph, with the sizes of its call, where each of ``parts`` (name below the block -> its calls) stands for what it
     returned: a value of that shape which depends on all its tensors. Refuses what torch.export can't take then either."""
-    duplicate = _duplicate(block)
+    duplicate = _duplicate(block).eval()
     for name, calls in parts.items():
         duplicate.get_submodule(name).forward = _stand_in(calls)  # type: ignore[method-assign]
     flat, tensors = _FlatCall(duplicate, block.call.arguments), _examples(block)
@@ -115,9 +118,9 @@ def _stand_in(calls: tuple[Call, ...]) -> Callable[..., Any]:
 
 
 def _duplicate(block: BlockAnalysis) -> nn.Module:
-    """The block's module objects copied, their parameters shared; in eval mode."""
+    """The block's module objects copied, their parameters shared."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*block.module.parameters(), *block.module.buffers())}
-    duplicate = copy.deepcopy(block.module, memo).eval()
+    duplicate = copy.deepcopy(block.module, memo)
     vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
     return duplicate
 

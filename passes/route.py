@@ -103,12 +103,17 @@ def route_blocks(
             programs={program.plan.signature: program},
             model=state,
             ratios=(0,) * state.num_regions,
-            context=context_graphs[site.family] if context_graphs else None,
+            context=context_graphs[site.family] if context_graphs and not _trains(module) else None,
         )
         bind(module, routing, routers[index])
         if routing.context is not None:
-            program.contexts[context_key(module)] = routing.context
+            program.contexts[context_key(module), routing.context.given] = routing.context
         state.blocks.append(routing)
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a part is in training mode: the graphs of the analysis are those of evaluation, without dropout."""
+    return any(part.training for part in module.modules())
 
 
 def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any]) -> ContextGraph:

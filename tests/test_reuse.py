@@ -400,3 +400,89 @@ def test_updates_are_remembered_in_the_dtype_asked_for(dtype: str) -> None:
     for first, second in updates.values():
         rounded = first.to(getattr(torch, dtype)).float()
         assert relative_error(second, rounded) < TOLERANCE < relative_error(second, first)
+
+
+class Scaled(torch.nn.Module):
+    """A block whose arithmetic holds the number of its layer, an attribute, an argument and dropout."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.gain, self.dropout = number, 1.0, 0.0
+        self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, strength: float) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        update = self.out(attended) * self.gain * strength / (self.number + 1)
+        return x + torch.nn.functional.dropout(update, self.dropout, self.training)
+
+
+class ScaledDiT(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Scaled(number) for number in range(3))
+
+    def forward(self, x: Tensor, strength: float = 1.0) -> Tensor:
+        for block in self.blocks:
+            x = block(x, strength)
+        return x
+
+
+def scaled_model(*, training: bool = False) -> tuple[ScaledDiT, Tensor]:
+    torch.manual_seed(0)
+    model, x = ScaledDiT().train(training), torch.randn(3, 11, 8)
+    diffcr_compile.transform(model, DiffCRConfig(context="all"), example_inputs={"x": x, "strength": 1.0})
+    diffcr_compile.set_ratios(model, 0.5)
+    return model, x
+
+
+def error_of_kept_tokens(model: ScaledDiT, x: Tensor, **options: Any) -> float:
+    """The largest difference of a kept token from the dense block's, over the blocks."""
+    worst = 0.0
+    model(x, **options)  # graphs are written here: an export would run the watchers
+    with torch.no_grad(), watch_blocks(model, routed_fqns(model)) as calls, diffcr_compile.trace(model) as seen:
+        model(x, **options)
+    for call in calls:
+        block = model.get_submodule(call.fqn)
+        with torch.no_grad():
+            expected = type(block).forward(block, *call.args, **call.kwargs)  # type: ignore[arg-type]
+        places = seen.kept[call.fqn][0].unsqueeze(-1).expand(-1, -1, 8)
+        worst = max(worst, relative_error(call.output.gather(1, places), expected.gather(1, places)))
+    return worst
+
+
+def test_a_rewritten_graph_holds_the_number_of_its_own_layer() -> None:
+    assert error_of_kept_tokens(*scaled_model()) < TOLERANCE
+
+
+def test_an_attribute_that_changes_is_not_passed_by() -> None:
+    model, x = scaled_model()
+    model(x)
+    for block in model.blocks:
+        block.gain = 3.0  # type: ignore[assignment]
+    assert error_of_kept_tokens(model, x) < TOLERANCE
+
+
+def test_a_number_in_the_call_that_changes_is_not_passed_by() -> None:
+    model, x = scaled_model()
+    for strength in (1.0, 2.0, 1.0):
+        assert error_of_kept_tokens(model, x, strength=strength) < TOLERANCE
+
+
+@pytest.mark.parametrize("scope", ["regional", "full"])
+def test_nor_is_it_when_lowered(scope: str) -> None:
+    torch._dynamo.reset()
+    (model, x), (eager, _) = scaled_model(), scaled_model()
+    diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+    with torch.no_grad():
+        for strength in (2.0, 1.0, 1.0, 2.0):
+            assert relative_error(model(x, strength=strength), eager(x, strength=strength)) < TOLERANCE
+
+
+def test_dropout_is_not_lost_in_training() -> None:
+    model, x = scaled_model(training=True)
+    for block in model.blocks:
+        block.dropout = 0.5  # type: ignore[assignment]
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))

@@ -46,8 +46,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reuse, all context, score and turn": {"skip": "reuse", "context": "all", "selection": "score and turn"},
     "reuse, all context, turn, order 0": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 0},
     "reuse, all context, turn, order 1": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 1},
-    "reuse, stale context, turn, order 0": {"skip": "reuse", "context": "stale", "selection": "turn", "extrapolation": 0},
-    "reuse, stale context, turn, order 1": {"skip": "reuse", "context": "stale", "selection": "turn", "extrapolation": 1},
+    "reuse, stale context, turn, order 0": {
+        "skip": "reuse",
+        "context": "stale",
+        "selection": "turn",
+        "extrapolation": 0,
+    },
+    "reuse, stale context, turn, order 1": {
+        "skip": "reuse",
+        "context": "stale",
+        "selection": "turn",
+        "extrapolation": 1,
+    },
     "reuse, all context, turn, order 2": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 2},
 }
 """Combinations of what a skipped token takes, what gives keys and values, and which tokens are kept."""

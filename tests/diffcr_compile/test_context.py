@@ -32,10 +32,14 @@ def test_a_processor_or_a_switch_set_on_a_module_changes_the_key() -> None:
     class Processor:
         pass
 
-    before, processed, switched = block(), block(), block()
+    modules = [block() for _ in range(7)]
+    _, processed, switched, scaled, weaker, scaling, disabled = modules
     processed.stream.processor = Processor()
     switched.stream.causal = True
-    assert len({context_key(module) for module in (before, processed, switched)}) == 3
+    scaled.stream.gain, weaker.stream.gain = 1.0, 0.5
+    scaling.stream.scaling = {"default": 0.25}
+    disabled.stream._disable_adapters = True
+    assert len({context_key(module) for module in modules}) == len(modules)
 
 
 def test_weights_and_the_blocks_own_hooks_do_not() -> None:
