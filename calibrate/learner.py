@@ -35,6 +35,7 @@ from .processes import average_gradients, mean_over_processes, rank, wait_for_al
 from .ratios import BudgetedRatios
 from .rehearsal import find_predecessors, rehearsed
 from .report import CalibrationReport
+from .sampler import Sampler, recover_sampler
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
 from .trials import TRENDS, propose_tables, try_table, visited_regions
@@ -84,6 +85,7 @@ class Learner:
         self.learned: dict[float, Tensor] = {}
         self.tables: dict[float, Rows] = {}
         self.trials: dict[str, float] = {}
+        self.sampler: Sampler | None = None
 
     def execute(self) -> CalibrationReport:
         """All stages; leaves the model at the first budget's table."""
@@ -129,6 +131,7 @@ class Learner:
         One extrapolation serves all budgets: the first one's."""
         visited = visited_regions(self.model, self.state, self._all("steps"))
         self.targets = [[o.cpu() for o in dense_outputs(self.model, batch)] for batch in self._all("dense outputs")]
+        self.sampler = recover_sampler(self.model, self.state, self.batches, self.targets)
         trends = TRENDS if self.state.config.extrapolation else (1.0,)
         for budget in self.task.budgets:
             proposed = propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
@@ -145,7 +148,8 @@ class Learner:
         self.state.trend = trends[0]
 
     def _try(self, name: str, rows: Rows, trend: float) -> float:
-        return try_table(self.model, self.state, rows, trend, self._all(f"trying: {name}"), self.targets)
+        batches = self._all(f"trying: {name}")
+        return try_table(self.model, self.state, rows, trend, batches, self.targets, self.sampler)
 
     def _build_optimizer(self) -> None:
         config, routers = self.config, list(self.routers.values())

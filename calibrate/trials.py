@@ -1,8 +1,9 @@
 """Without training, with reuse: tables worth trying, and the trial of each on a recorded trajectory.
 
 What every block would suffer by itself (``sensitivity.py``) leaves out that errors of successive blocks cancel where they are of
-one step, and add up where tokens are fresh in one block and stale in the next. So whole tables are run on the inputs that were
-recorded, and what their outputs differ by from the dense ones decides.
+one step, and add up where tokens are fresh in one block and stale in the next. So whole tables are run on what was recorded: where
+the sampler can be told from it (``sampler.py``) each on a sampling of its own, and how far its samples end from the dense ones
+decides; else on the recorded inputs, and what the outputs differ by decides.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from ..region import regions_of_call
 from ..routed import ModelRouting
 from ..table import write_table
 from .objective import output_tensors
+from .sampler import Sampler
 from .snap import Rows, choose_table, use_up
 
 CARRIED = 0.8
-"""What is left in the next step of an error in the sample: errors of successive steps that point one way add up. Tables rank by it
+"""Where the sampler is unknown, what is left in the next step of an error: those of successive steps that point one way add up.
+Tables rank by it
 as by the distance of their samples (digits DiT, 36 tables: rank correlation 0.80 at 20 steps, 0.54 at 50, 0.90 at 8); without it
 (0) that is 0.84, 0.40 and 0.91."""
 
@@ -165,11 +168,19 @@ def try_table(
     trend: float,
     batches: Iterable[dict[str, Any]],
     targets: Iterable[list[Tensor]],
+    sampler: Sampler | None = None,
 ) -> float:
-    """Mean squared error of the outputs on recorded steps, in order, as a share of the dense outputs' square; errors of successive
-    steps are added up, ``CARRIED`` each time."""
+    """Mean squared error of a table, as a share of the dense result's square, on recorded steps in order.
+
+    Of the samples where the sampler is known. Else of the outputs on the recorded inputs: errors of successive steps are added up,
+    ``CARRIED`` each time.
+    """
     write_table(state, rows)
     state.trend, state.current.trajectory = trend, None
+    if sampler is not None:
+        error = sampler.error(model, batches, targets)
+        state.current.trajectory = None
+        return error
     carried: dict[int, list[Tensor]] = {}
     total, scale = 0.0, 0.0
     for batch, target in zip(batches, targets, strict=True):
