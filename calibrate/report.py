@@ -45,8 +45,8 @@ class CalibrationReport:
     cost, at most ``budget``; ``budget_kind``: of what. blocks: names of the table's columns. dense_flops, region_flops: of one
     forward, dense and at each row. seconds: wall time. diagnostics: what looks wrong, in words. scores: for each block the
     lowest and the highest router score, and how many tokens lie in equal steps between. timestep: the model's timestep input.
-    trials: without training, the tables that were tried for ``budget``, and how far off they were (``calibrate/trials.py``). errors: by share of the
-    dense cost, squared distance from the dense outputs, over their square, at each of ``tables``; uniform: at ratios that are
+    trials: without training, the tables that were tried for ``budget``, and how far off they were (``trials.py``). errors: by share
+    of the dense cost, squared distance from the dense outputs, over their square, at each of ``tables``; uniform: at ratios that are
     everywhere the same, zero among them; both on a few batches at the end. tokens: which blocks compute them there, from clean to
     noisy.
     """

@@ -143,7 +143,8 @@ def _steps(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, An
     timestep = state.plan.timestep
     if timestep is None:
         return
-    trajectory, calls, begins = Trajectory(), [], True
+    trajectory, begins = Trajectory(), True
+    calls: list[int] = []
     for place, batch in enumerate(batches):
         trajectory.advance(timestep_value(batch, timestep, model), latent_grid(batch))
         if trajectory.slot == 0:
