@@ -46,7 +46,7 @@ class CalibrationReport:
     forward, dense and at each row. seconds: wall time. diagnostics: what looks wrong, in words. scores: for each block the
     lowest and the highest router score, and how many tokens lie in equal steps between. timestep: the model's timestep input.
     trials: without training, the tables that were tried for ``budget``, and how far off they were (``trials.py``). errors: by share
-    of the dense cost, squared distance from the dense outputs, over their square, at each of ``tables``; uniform: at ratios that are
+    of the dense cost, squared distance from the dense outputs over their square, at each of ``tables``; uniform: at ratios that are
     everywhere the same, zero among them; both on a few batches at the end. tokens: which blocks compute them there, from clean to
     noisy.
     """
