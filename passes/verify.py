@@ -11,6 +11,7 @@ with small sizes that all differ, at batch three, two things must hold:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,8 @@ from ..context import ContextGraph
 from ..memory import Memory, allocate, remember_all_context
 from ..plan import BlockPlan, LeafPlan, Lift
 from ..primitives import place_indices, put_tokens, score_tokens, select_tokens, take_tokens
-from ..routed import Program
+from ..routed import ROUTER, Program
+from ..router import Router
 from .analysis import Refused, TensorInfo, log
 from .block import BlockAnalysis
 from .program import write_program
@@ -77,6 +79,7 @@ def _prove(block: BlockAnalysis) -> BlockAnalysis:
     trial.check_permutation(block.draft_plan("direct"))
     for variant in trial.variants():
         variant.check_permutation(block.draft_plan("direct"))
+    trial.check_router()
     unbatched = [leaf for leaf in block.leaves if leaf.token_axes and leaf.batch_axis is None]
     forms: tuple[Lift, ...] = ("inserted axis", "vmap", "loop") if unbatched else ("direct", "vmap", "loop")
     forms = forms if unbatched or block.fixed_batch is not None else ("direct",)
@@ -199,6 +202,18 @@ class Trial:
                     f"its tokens are not interchangeable (error {error:.1e} under a permutation): positions made from the "
                     "length, windows, a convolution over the grid or a causal order"
                 )
+
+    def check_router(self) -> None:
+        """The block computes the same with a router among its children, which stays for the rest of the proof."""
+        expected = self._run(self.values)
+        self.module.add_module(ROUTER, Router(1, "", dtype=torch.float32, device=torch.device("cpu")))
+        with contextlib.suppress(Refused):
+            found = self._run(self.values)
+            if len(found) == len(expected) and all(map(torch.equal, found, expected)):
+                return
+        raise Refused(
+            "it walks its children, of which a router would be one more (hold the layers it runs in a ModuleList)"
+        )
 
     @torch.no_grad()
     def check_program(self, plan: BlockPlan) -> float:

@@ -160,6 +160,26 @@ class KeywordBlock(Block):
         return x if mask is None else x * mask.unsqueeze(-1)
 
 
+class Normed(nn.Sequential):
+    """A layer behind its norm: ``(x) -> layer(norm(x))``, as a plain sequence."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(nn.LayerNorm(WIDTH), layer)
+
+
+class WalkingBlock(nn.Sequential):
+    """Runs its own children, whichever they are."""
+
+    def __init__(self) -> None:
+        super().__init__(Normed(Attention()), Normed(feed_forward()))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        x = x + cond.unsqueeze(1)
+        for layer in self.children():
+            x = x + layer(x)
+        return x
+
+
 class InPlaceBlock(Block):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         x += self.attn(self.modulated(x, cond))
@@ -375,6 +395,7 @@ def _stack(block: type[nn.Module], read: Callable[[Any], Tensor] = lambda output
 
 
 _LUCID = tuple(f"layers.{index}.{part}" for index in range(3) for part in range(2))
+_WALKED = tuple(f"{block}.{layer}" for block in BLOCKS for layer in range(2))
 _UVIT_BRANCHES = ("out_blocks.0.attn", "out_blocks.0.mlp", "out_blocks.1.attn", "out_blocks.1.mlp")
 
 STRUCTURES = {
@@ -399,6 +420,7 @@ STRUCTURES = {
         lambda: PerTokenDenoiser(PerTokenBlock), follows={"x": 1, "cond": 1}, inputs=per_token_inputs
     ),
     "lucidrains": Structure(LucidDenoiser, routed=_LUCID, branches=_LUCID),
+    "walks its children": Structure(lambda: Denoiser(WalkingBlock), routed=_WALKED, branches=_WALKED),
     "u-vit": Structure(UViT, routed=("in_blocks.0", "in_blocks.1", "mid", *_UVIT_BRANCHES), branches=_UVIT_BRANCHES),
     "mdt": Structure(MaskedDiffusion, routed=("encoder.0", "encoder.1", "side", "decoder.0", "decoder.1")),
     "timm vit": Structure(vision_transformer, inputs=image_inputs),
@@ -537,6 +559,12 @@ def test_restore_is_exact(name: str, model: nn.Module) -> None:
     diffcr_compile.restore(model)
     assert same_snapshot(snapshot(model), snapshot(_plain(name)))
     assert same_bits(run(model, inputs), run(_plain(name), inputs))
+
+
+def test_a_block_that_walks_its_children_takes_no_router_among_them() -> None:
+    plan = diffcr_compile.explain(_routed("walks its children")).plan
+    refused = {refusal.fqns: refusal.reason for refusal in plan.refusals}
+    assert "walks its children" in refused[BLOCKS]
 
 
 def test_without_a_timestep_ratios_are_per_layer() -> None:
