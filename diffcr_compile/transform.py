@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .cost import cost_model
 from .dry_run import describe_inputs
 from .errors import AlreadyTransformedError, NotTransformedError, UnsupportedError
 from .fingerprint import fingerprint
-from .passes.analysis import ModelAnalysis, run_passes
+from .passes.analysis import ModelAnalysis, Refused, run_passes
 from .passes.blocks import find_blocks
 from .passes.capture import capture_calls
 from .passes.flat import BLOCKS, outline_flat
@@ -22,7 +23,7 @@ from .passes.outline import outline_blocks
 from .passes.route import check_untouched, plan_model, route_blocks
 from .passes.timestep import find_timestep
 from .passes.weigh import drop_small_families
-from .plan import ModelPlan
+from .plan import ModelPlan, Refusal
 from .plan_check import check_plan
 from .region import add_region_hooks, remove_region_hooks
 from .routed import STATE, ModelRouting, routing_of, unbind
@@ -116,10 +117,7 @@ class _Search:
             start = ModelAnalysis(model, state.config, inputs, self.filter_fn)
             analysis = run_passes(PASSES, start)
             if not analysis.sites and not analysis.refusals:
-                state.outlined.undo()
-                state.outlined = outline_flat(model, analysis.inputs)
-                if state.outlined is not None:
-                    analysis = run_passes(PASSES, start)
+                analysis = _search_graph(model, state, start, analysis)
             route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
             state.example_inputs = describe_inputs(inputs)
         except Exception:
@@ -128,6 +126,16 @@ class _Search:
             if owed is not None:
                 restore(model)
             raise
+
+
+def _search_graph(model: nn.Module, state: ModelRouting, start: ModelAnalysis, found: ModelAnalysis) -> ModelAnalysis:
+    """The analysis of a model without blocks below it, once those in its graph are modules; or why they can't be."""
+    state.outlined.undo()
+    try:
+        state.outlined = outline_flat(model, found.calls[""][0])
+    except Refused as refused:
+        return replace(found, refusals=(Refusal(type(model).__name__, ("the whole model",), str(refused)),))
+    return run_passes(PASSES, start)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -12,20 +12,20 @@ instance that runs the exported graph where anything is skipped, and else the or
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, signature_of
 from ..config import DiffCRConfig
 from ..errors import UnsupportedError
 from ..routed import routing_of
-from .analysis import Call, Refused, TensorInfo, describe, log
+from .analysis import Call, Refused, TensorInfo
 from .block import BlockAnalysis, as_meta
 from .export import export_block
 from .outline import Region, attends
@@ -55,29 +55,23 @@ class _Blocks(nn.Module):
     """Holds the blocks that were found; has no state of its own."""
 
 
-def outline_flat(model: nn.Module, inputs: dict[str, Any]) -> Flat | None:
-    """Make modules of the repeated residual segments of a model's graph; None where there are none, or it can't be exported."""
+def outline_flat(model: nn.Module, call: Call) -> Flat:
+    """Make modules of the repeated residual segments in the graph of a model's ``call``. Refuses a model that has none, or that
+    can't be exported."""
     if "forward" in vars(model):
-        return None
-    call, template = _call_of(model, inputs)
-    try:
-        block = export_block(BlockAnalysis(model, "", call, DiffCRConfig()))
-    except Refused as refused:
-        log.info("not exported whole: %s", refused)
-        return None
-    assert block.program is not None
-    graph = _graph_on_model(block)
+        raise Refused("it has no blocks below it, and its forward is not its class's")
+    # A model may be longer than what is exported as one block.
+    graph = _graph_on_model(export_block(BlockAnalysis(model, "", replace(call, num_operators=0), DiffCRConfig())))
     parts = _repeated_segments(graph)
     if not parts:
-        return None
+        raise Refused("no module takes and returns tokens, and no repeated residual sum in its graph attends")
     holder = _Blocks()
     kinds: dict[str, type[nn.Module]] = {}
     for index, nodes in enumerate(parts):
         region = Region(f"{BLOCKS}.{index}", nodes)
         body = region.write() if region.movable else None
         if body is None:
-            log.info("segment %d of the graph can't be moved", index)
-            return None
+            raise Refused(f"segment {index} of its graph can't be made a module")
         compiled = fx.GraphModule({}, body)
         if compiled.code not in kinds:
             kinds[compiled.code] = type(
@@ -89,47 +83,38 @@ def outline_flat(model: nn.Module, inputs: dict[str, Any]) -> Flat | None:
     run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
     base = type(model).forward
     model.add_module(BLOCKS, holder.train(model.training))
-    model.forward = types.MethodType(_flat_forward(base, run, call, template), model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(_flat_forward(base, run, call), model)  # type: ignore[method-assign]
     return Flat(model)
 
 
-def _call_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[Call, Any]:
-    """The call, and its output with every tensor replaced by its index."""
-    with torch.no_grad():
-        output = model(**inputs)
-    count = iter(range(len([leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)])))
-    template = map_leaves(lambda _, leaf: next(count) if isinstance(leaf, Tensor) else leaf, output)
-    arguments, returned = (map_leaves(lambda _, leaf: describe(leaf), value) for value in (inputs, output))
-    return Call("", arguments, returned, 0), template
-
-
-def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call, template: Any) -> Callable[..., Any]:
+def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call) -> Callable[..., Any]:
     """The forward to bind: the graph's where a block routes, or may be seen to; else the original."""
     names = positional_names(base)
-    leaves = [leaf for _, leaf in iterate_leaves(call.arguments)]
+    known = _fixed(call.arguments)
 
-    def signature(bound: dict[str, Any]) -> Any:
-        return signature_of(map_leaves(as_meta, bound))
-
-    known = signature(call.arguments)
-
+    @functools.wraps(base)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = routing_of(self)
-        if state is not None and not (state.dense or state.learning or state.observers) and not state.routes:
+        routed = state is not None and state.plan is not None  # else the blocks are being looked for
+        if routed and not (state.dense or state.learning or state.observers or state.routes):
             return base(self, *args, **kwargs)
         bound = bind_arguments(names, args, kwargs)
-        if signature(bound) != known:
+        if _fixed(bound) != known:
             raise UnsupportedError(
                 f"{type(self).__name__} was exported for calls with {', '.join(call.arguments)}, and is called "
-                f"with {', '.join(bound)}, or with other values of its flags. Restore it and transform it with "
+                f"with {', '.join(bound)}, or with other values of its flags and numbers. Restore it and transform it with "
                 "example_inputs of this kind."
             )
-        given = [leaf for _, leaf in iterate_leaves(bound)]
-        tensors = [value for value, leaf in zip(given, leaves, strict=True) if isinstance(leaf, TensorInfo)]
-        outputs = run(self, *tensors)
-        return map_leaves(lambda _, index: outputs[index] if isinstance(index, int) else index, template)
+        outputs = iter(run(self, *(leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor))))
+        return map_leaves(lambda _, leaf: next(outputs) if isinstance(leaf, TensorInfo) else leaf, call.output)
 
     return forward
+
+
+def _fixed(bound: dict[str, Any]) -> Any:
+    """What the graph is written for in a call: ranks of tensors, and the values of all else."""
+    values = [leaf for _, leaf in iterate_leaves(bound) if not isinstance(leaf, Tensor | TensorInfo | None)]
+    return signature_of(map_leaves(as_meta, bound)), values
 
 
 def _graph_on_model(block: BlockAnalysis) -> fx.Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import relative_error, same_bits
+from models import relative_error, same_bits, same_snapshot, snapshot
 from torch import Tensor, nn
 
 import diffcr_compile
@@ -127,8 +128,43 @@ def test_copies_costs_and_other_calls() -> None:
         model(**inputs(1), scale=0.5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_number_that_the_graph_holds_may_not_change(ratio: float) -> None:
+    model = diffcr_compile.transform(FlatDiT().eval(), example_inputs={**inputs(), "scale": 1.5})
+    diffcr_compile.set_ratios(model, ratio)
+    with diffcr_compile.trace(model):
+        assert torch.isfinite(model(**inputs(1), scale=1.5)).all()
+        with pytest.raises(diffcr_compile.UnsupportedError, match="other values of its flags and numbers"):
+            model(**inputs(1), scale=2.0)
+
+
+@torch.no_grad()
+def test_an_argument_of_none_may_be_left_out() -> None:
+    class Biased(FlatDiT):
+        def forward(self, x: Tensor, timestep: Tensor, bias: Tensor | None = None) -> Tensor:
+            return super().forward(x if bias is None else x + bias, timestep)
+
+    model = diffcr_compile.transform(Biased().eval(), example_inputs={"bias": None, **inputs()})
+    diffcr_compile.set_ratios(model, 0.5)
+    assert same_bits(model(**inputs(1)), model(**inputs(1), bias=None))
+
+
+def test_the_signature_stays() -> None:
+    assert inspect.signature(transformed().forward) == inspect.signature(FlatDiT().forward)
+
+
+@torch.no_grad()
+def test_a_deferred_model_is_routed_too() -> None:
+    model, explicit = diffcr_compile.transform(FlatDiT().eval()), transformed()
+    assert same_bits(model(**inputs(1)), FlatDiT().eval()(**inputs(1)))
+    for routed in (model, explicit):
+        diffcr_compile.set_ratios(routed, 0.5)
+    assert same_bits(model(**inputs(1)), explicit(**inputs(1)))
+
+
 def test_weights_learn_through_the_graph() -> None:
-    model = transformed()
+    model = diffcr_compile.transform(FlatDiT().eval())
     config = diffcr_compile.CalibrationConfig(steps=3)
     before = model.qkv0.detach().clone()  # type: ignore[operator]
     report = diffcr_compile.calibrate(model, [inputs(seed) for seed in range(3)], budget=0.8, config=config)
@@ -136,21 +172,35 @@ def test_weights_learn_through_the_graph() -> None:
     assert not torch.equal(model.qkv0, before)  # type: ignore[arg-type]
 
 
-def test_what_has_no_repeated_attention_is_refused_and_left_alone() -> None:
-    class Mlp(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = (nn.Parameter(torch.randn(CHANNELS, CHANNELS)) for _ in range(2))
+class Mlp(nn.Module):
+    """No attention; what it does in training leaves traces, in a buffer and in the generator."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + F.gelu(x @ self.a)
-            return x + F.gelu(x @ self.b)
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(CHANNELS, CHANNELS)) for _ in range(2))
+        self.norm, self.dropout = nn.BatchNorm1d(TOKENS), nn.Dropout()
 
-    model = Mlp()
-    with pytest.raises(diffcr_compile.BlockNotFoundError):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.gelu(self.norm(x) @ self.a)
+        return x + self.dropout(F.gelu(x @ self.b))
+
+
+class Constant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Mlp, ".* no repeated residual sum in its graph attends"), (Constant, "its graph holds constants")],
+)
+def test_what_has_no_repeated_attention_is_refused_and_left_alone(kind: type[nn.Module], reason: str) -> None:
+    model = kind()
+    before, generator = snapshot(model), torch.get_rng_state()
+    with pytest.raises(diffcr_compile.BlockNotFoundError, match=rf"the whole model \({kind.__name__}\): {reason}"):
         diffcr_compile.transform(model, example_inputs={"x": inputs()["x"]})
-    assert not list(model.children())
-    assert "forward" not in vars(model)
+    assert same_snapshot(snapshot(model), before)
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_a_routing_of_a_flat_forward_says_why_it_is_not_loaded(tmp_path: Path) -> None:
