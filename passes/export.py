@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -43,7 +43,10 @@ class _FlatCall(nn.Module):
         remaining = iter(tensors)
         bound = map_leaves(lambda _, leaf: next(remaining) if isinstance(leaf, TensorInfo) else leaf, self._arguments)
         args, kwargs = unbind_arguments(self._positional, bound)
-        output = self.block(*args, **kwargs)
+        try:
+            output = self.block(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:  # as it is, torch.export would print the graph so far
+            raise Refused(f"it reads values of its tensors, {_untraced(error)}") from error
         found: list[Tensor] = []
         map_leaves(lambda _, leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, output)
         return tuple(found)
@@ -58,22 +61,19 @@ def export_block(block: BlockAnalysis, *, as_it_is: bool = False) -> BlockAnalys
         )
     flat, tensors = _FlatCall(_duplicate(block), block.call.arguments), _examples(block)
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
-    errors: list[Exception] = []
+    refusals: list[Refused] = []
     # Some blocks go by values in evaluation alone; what the graph of training suggests is proved on the real one anyway.
     for training in (None if as_it_is else False, True):
         if training is not None:
             flat.train(training)
         try:
-            with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
+            with torch.no_grad(), _quiet():
                 program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
             break
-        except Exception as raised:  # torch.export raises whatever the block's code does
-            errors.append(raised)
+        except Exception as error:  # torch.export raises whatever the block's code does
+            refusals.append(error if isinstance(error, Refused) else Refused(_untraced(error)))
     else:
-        error = errors[0]
-        first_line = "".join(str(error).strip().splitlines()[:1])[:200]
-        hint = "it reads values of its tensors, " if isinstance(error, GuardOnDataDependentSymNode) else ""
-        raise Refused(f"{hint}torch.export can't trace it ({type(error).__name__}: {first_line})") from error
+        raise refusals[0]
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = tuple(nodes[name] for name in program.graph_signature.user_inputs)
     outputs = tuple(nodes[name] for name in program.graph_signature.user_outputs if name is not None)
@@ -95,10 +95,15 @@ def trace_around(block: BlockAnalysis, parts: dict[str, tuple[Call, ...]]) -> fx
         duplicate.get_submodule(name).forward = _stand_in(calls)  # type: ignore[method-assign]
     flat, tensors = _FlatCall(duplicate, block.call.arguments), _examples(block)
     try:
-        with torch.no_grad(), _quiet("torch._export.non_strict_utils"):
+        with torch.no_grad(), _quiet():
             return export(flat, tensors, strict=False).graph
     except Exception as error:  # torch.export raises whatever the block's code does
-        raise Refused(f"torch.export can't trace it ({type(error).__name__})") from error
+        raise Refused(_untraced(error)) from error
+
+
+def _untraced(error: Exception) -> str:
+    first_line = "".join(str(error).strip().splitlines()[:1])[:200]
+    return f"torch.export can't trace it ({type(error).__name__}: {first_line})"
 
 
 def _stand_in(calls: tuple[Call, ...]) -> Callable[..., Any]:
@@ -131,16 +136,23 @@ def _examples(block: BlockAnalysis) -> tuple[Tensor, ...]:
 
 
 @contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Without the warnings that a size of one is fixed (it is), and without the graph that a failed export prints."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Without this thread's warnings that a size of one is fixed (it is), and that code of a library is not the user's."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("_export.non_strict_utils", "fx.experimental.symbolic_shapes")
+    ]
+    for logger in loggers:
+        logger.addFilter(passes)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
-        log.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(passes)
 
 
 def _dims_by_leaf(block: BlockAnalysis, inputs: tuple[fx.Node, ...]) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from dataclasses import replace
 
 import pytest
@@ -35,6 +37,43 @@ def reads_a_value(self: Hand, x: Tensor) -> Tensor:
 def test_what_can_not_be_traced_is_refused_with_its_reason() -> None:
     with pytest.raises(Refused, match=r"torch.export can't trace it \(\w+: .+\)"):
         analyse(block_of(reads_a_value), {"x": draw().abs()}, [export_block])
+
+
+def test_nothing_is_printed_and_nobody_else_is_silenced(capfd: pytest.CaptureFixture[str]) -> None:
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("_export.non_strict_utils", "fx.experimental.symbolic_shapes")
+    ]
+    told, arrived = 0, []
+
+    def other_thread() -> None:
+        nonlocal told
+        told += 1
+        print("printed")
+        for logger in loggers:
+            logger.warning("warned")
+
+    def forward(self: Hand, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=other_thread)
+        thread.start()
+        thread.join()
+        return reads_a_value(self, x)
+
+    handler = logging.Handler()
+    handler.emit = lambda record: arrived.append(record.getMessage())  # type: ignore[method-assign]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        block = analyse(block_of(forward), {"x": draw(1, N, D).abs()}, [])
+        with pytest.raises(Refused):
+            export_block(block)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    out, err = capfd.readouterr()
+    assert out.split() == ["printed"] * told
+    assert "def forward" not in err
+    assert arrived == ["warned"] * told * len(loggers)
+    assert not any(logger.filters for logger in loggers)
 
 
 def test_exporting_leaves_the_block_alone() -> None:
