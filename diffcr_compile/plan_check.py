@@ -37,6 +37,9 @@ def check_plan(plan: ModelPlan, model: nn.Module, config: DiffCRConfig) -> None:
     _require(
         config.router == "token" or plan.timestep is not None, "routers see a timestep that the model does not take"
     )
+    _require(
+        config.skip == "identity" or plan.timestep is not None, "reuse follows a timestep that the model does not take"
+    )
     if plan.timestep is not None:
         _check_timestep(plan.timestep, model)
 

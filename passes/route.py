@@ -41,24 +41,15 @@ def _check_forward(module: nn.Module, fqn: str) -> None:
 
 def plan_model(analysis: ModelAnalysis) -> ModelPlan:
     """The finished plan. Raises BlockNotFoundError, listing every candidate with its reason, where nothing can be routed;
-    UnsupportedError where routers, or stale context, need a timestep that the model does not take."""
+    UnsupportedError where what was asked for needs a timestep that is not known."""
     if not analysis.sites:
         found = "\n".join(f"  - {refusal}" for refusal in analysis.refusals) or "  - no module takes and returns tokens"
         raise BlockNotFoundError(
             f"nothing in {type(analysis.model).__name__} can be routed; expected at least one module with attention over tokens "
             f"and a residual join. Candidates:\n{found}\nChange filter_fn or min_flops_share if they left blocks out."
         )
-    if analysis.config.router == "timestep" and analysis.timestep is None:
-        raise UnsupportedError(
-            f"router='timestep' needs to know which input of {type(analysis.model).__name__} is the timestep "
-            f"({analysis.timestep_note}). Name it by DiffCRConfig(timestep_argument=...), or use router='token'."
-        )
-    if analysis.config.context == "stale" and analysis.timestep is None:
-        raise UnsupportedError(
-            f"context='stale' remembers keys and values from one timestep to the next, and which input of "
-            f"{type(analysis.model).__name__} is the timestep is not known ({analysis.timestep_note}). Name it by "
-            "DiffCRConfig(timestep_argument=...), or use context='all'."
-        )
+    if analysis.timestep is None:
+        _check_timestep_free(analysis)
     family_flops = [0] * len(analysis.families)
     for site in analysis.sites:
         family_flops[site.family] += analysis.module_flops.get(site.fqn, 0)
@@ -74,6 +65,26 @@ def plan_model(analysis: ModelAnalysis) -> ModelPlan:
         dense_flops=analysis.module_flops.get("", 0),
         family_flops=tuple(family_flops),
     )
+
+
+def _check_timestep_free(analysis: ModelAnalysis) -> None:
+    """Raises UnsupportedError where an option needs a timestep: it would do nothing without, and nobody would be told."""
+    config = analysis.config
+    options = (
+        (config.skip == "reuse", "skip='reuse'", "skip='identity'"),
+        (config.router == "timestep", "router='timestep'", "router='token'"),
+        (
+            config.timestep_argument is not None,
+            f"timestep_argument={config.timestep_argument!r}",
+            "timestep_argument=None",
+        ),
+    )
+    for asked, option, other in options:
+        if asked:
+            raise UnsupportedError(
+                f"{option} needs to know which input of {type(analysis.model).__name__} is the timestep, and its range "
+                f"({analysis.timestep_note}). Name them by DiffCRConfig(timestep_argument=..., timestep_range=...), or use {other}."
+            )
 
 
 def route_blocks(

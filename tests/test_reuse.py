@@ -16,7 +16,9 @@ from models import (
     relative_error,
     routed_fqns,
     same_bits,
+    same_snapshot,
     sinusoids,
+    snapshot,
     tensors_of,
     tiny_inputs,
     watch_blocks,
@@ -260,7 +262,8 @@ def test_full_context_costs_more_than_kept_and_less_than_dense() -> None:
     assert costs["stale"].memory_bytes == costs["all"].memory_bytes + held
 
 
-def test_stale_context_needs_a_timestep() -> None:
+@pytest.mark.parametrize("context", ["kept", "all", "stale"])
+def test_reuse_needs_a_timestep(context: str) -> None:
     """A model without one has no trajectory in which anything could be remembered."""
     plain = original(PLAIN)
 
@@ -273,9 +276,13 @@ def test_stale_context_needs_a_timestep() -> None:
             return self.model(x=x, timestep=torch.zeros(len(x)), mask=mask)
 
     inputs = {name: value for name, value in tiny_inputs(PLAIN).items() if name != "timestep"}
-    config = DiffCRConfig(skip="reuse", context="stale")
-    with pytest.raises(diffcr_compile.UnsupportedError, match="use context='all'"):
-        diffcr_compile.transform(Still(), config, example_inputs=inputs)
+    model, config = Still(), DiffCRConfig(skip="reuse", context=context)  # type: ignore[arg-type]
+    before = snapshot(model)
+    with pytest.raises(
+        diffcr_compile.UnsupportedError, match=r"skip='reuse' needs to know.*no input.*use skip='identity'"
+    ):
+        diffcr_compile.transform(model, config, example_inputs=inputs)
+    assert same_snapshot(snapshot(model), before)
 
 
 def test_stale_context_in_a_dense_step_is_the_block_to_the_bit() -> None:

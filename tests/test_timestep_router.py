@@ -344,6 +344,10 @@ def test_a_model_without_a_timestep_is_refused(tmp_path: Path) -> None:
     change(tmp_path / "routing", config=config.to_dict(), sha256=digest)
     with pytest.raises(diffcr_compile.ArtefactError, match="routers see a timestep"):
         diffcr_compile.load(diffcr_compile.restore(model), tmp_path / "routing")
+    digest = write_routers(tmp_path / "routing", torch.ones(6))
+    change(tmp_path / "routing", config=DiffCRConfig(skip="reuse").to_dict(), sha256=digest)
+    with pytest.raises(diffcr_compile.ArtefactError, match="reuse follows a timestep"):
+        diffcr_compile.load(model, tmp_path / "routing")
 
 
 def test_a_single_region_is_a_token_router() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from diffcr_compile.passes.analysis import ModelAnalysis, run_passes
 from diffcr_compile.passes.blocks import find_blocks
@@ -35,6 +37,14 @@ def test_without_sites_every_candidate_is_listed() -> None:
     with pytest.raises(BlockNotFoundError) as raised:
         plan_model(state)
     assert "  - blocks.0 and 1 more (Block): too round\n  - head (Head): too flat\n" in str(raised.value)
+
+
+def test_a_timestep_that_was_named_must_have_a_range(analysis: ModelAnalysis) -> None:
+    state = replace(analysis, config=DiffCRConfig(timestep_argument="t"), timestep_note="range unknown")
+    with pytest.raises(
+        UnsupportedError, match=r"timestep_argument='t' needs .*\(range unknown\).* timestep_range=\.\.\."
+    ):
+        plan_model(state)
 
 
 def test_blocks_of_a_plan_become_routed(analysis: ModelAnalysis) -> None:
