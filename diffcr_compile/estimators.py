@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Estimator
 from .memory import older_and_higher, oldest_first
-from .primitives import lay_along, score_tokens, share_scores
+from .primitives import add_share, lay_along, score_tokens, share_scores
 from .ratios import BIN, SCALE, capacity, neighbour_bins
 from .routed import BlockRouting, Recalled, forward_at, prepare_context, router_vector
 
@@ -37,7 +37,7 @@ def two_bin(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwa
         if not isinstance(leaf, Tensor):
             return leaf
         other = next(others)
-        return leaf + weight.to(device=leaf.device, dtype=leaf.dtype) * (other - leaf)
+        return add_share(leaf, weight, other, leaf)
 
     return map_leaves(mix, lower)
 
@@ -88,9 +88,9 @@ def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...],
         if start is None:
             return leaf
         if not known.routed:  # the smaller bin skips the block, and these tokens with it
-            return leaf + weight.to(device=leaf.device, dtype=leaf.dtype) * (start - leaf)
+            return add_share(leaf, weight, start, leaf)
         along = lay_along(factor, leaf, known.dims.index("N"), known.batch_axis)
-        return leaf + along.to(leaf.dtype) * (leaf - start)
+        return add_share(leaf, along, leaf, start)
 
     return map_leaves(fade, output)
 

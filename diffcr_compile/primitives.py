@@ -106,13 +106,23 @@ def gate_exact(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch
         return update
     log_gate = torch.nn.functional.logsigmoid(scores)
     slope = lay_along(log_gate - log_gate.detach(), x, token_axis, batch_axis)
-    return update + slope.to(update.dtype) * (update - x)
+    return add_share(update, slope, update, x)
 
 
 def gate_sigmoid(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch_axis: int) -> Tensor:
     """The paper's gate: the block's change of a kept token is multiplied by the sigmoid of its score."""
     gate = lay_along(scores.sigmoid(), x, token_axis, batch_axis)
     return x + gate.to(update.dtype) * (update - x)
+
+
+def add_share(x: Tensor, share: Tensor, after: Tensor, before: Tensor) -> Tensor:
+    """``x + share * (after - before)``, which for a share of zero is ``x``; integers stay as they are.
+
+    The difference of two finite numbers of half precision may be infinite, that of their halves may not.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x + 2 * share.to(device=x.device, dtype=x.dtype) * (after / 2 - before / 2)
 
 
 def call_block(block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

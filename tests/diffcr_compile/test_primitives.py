@@ -101,6 +101,24 @@ def test_the_exact_gate_changes_no_value(dtype: torch.dtype, score: float) -> No
         assert primitives.gate_exact(update, x, torch.full((B, K), score), 1, 0) is update
 
 
+def test_the_exact_gate_changes_no_value_where_the_change_overflows() -> None:
+    x = torch.tensor([[[-6e4, 6e4]]], dtype=torch.float16)
+    scores = torch.zeros(1, 1, requires_grad=True)
+    gated = primitives.gate_exact(-x, x, scores, 1, 0)
+    assert torch.equal(gated, -x)
+    (gated.float() * torch.tensor([1e-5, 3e-5])).sum().backward()
+    assert scores.grad is not None
+    assert torch.allclose(scores.grad, torch.tensor(0.5 * (1.2 - 3.6)), rtol=1e-2)  # the gradient is of half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_a_share_of_zero_changes_nothing(dtype: torch.dtype) -> None:
+    x = torch.tensor([-6e4, 6e4, 3.0]).to(dtype)
+    added = primitives.add_share(x, torch.zeros(()), -x, x)
+    assert torch.equal(added, x)
+    assert added.dtype == dtype
+
+
 def test_the_exact_gates_slope_is_that_of_log_sigmoid() -> None:
     update, x = draw(B, K, D, dtype=torch.float64), draw(B, K, D, seed=1, dtype=torch.float64)
     scores = draw(B, K, seed=2, dtype=torch.float64).requires_grad_()
