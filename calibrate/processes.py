@@ -11,15 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ..sharding import is_shard
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``, as ``accelerate.prepare`` leaves it; any other model as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def num_processes() -> int:

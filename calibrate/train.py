@@ -17,11 +17,12 @@ from ..learning import check_budget, learnables
 from ..routed import ROUTER, ModelRouting, router_weight, settle
 from ..sharding import whole
 from ..table import write_table
+from ..unwrap import unwrap
 from .adapters import low_rank
 from .batches import Batch, model_inputs, read_batches, to_device
 from .checkpoint import Checkpoint
 from .learner import Learner, Loss, Task
-from .processes import num_processes, of_first_process, unwrap
+from .processes import num_processes, of_first_process
 from .report import CalibrationReport
 from .snap import check_reachable
 

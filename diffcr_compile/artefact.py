@@ -37,6 +37,7 @@ from .ratios import SCALE
 from .routed import ModelRouting, router_weight, routing_of, settle
 from .table import write_table
 from .transform import attach, restore
+from .unwrap import unwrap
 
 TYPE, VERSION = "diffcr_compile.routing", 1
 _JSON, _TENSORS, _REPORT = "routing.json", "routers.safetensors", "report.json"
@@ -52,6 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Written beside it and moved into place, so that a failure leaves what was there. Raises NotTransformedError, CaptureError
     (blocks not looked for yet), ArtefactError where ``path`` exists and is no such directory.
     """
+    model = unwrap(model)
     state = settle(model)
     target = Path(path)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / _JSON).is_file())):
@@ -90,6 +92,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises AlreadyTransformedError; ArtefactError for files that are missing, damaged, newer than this package, or made for
     another architecture. The model is then as it was before.
     """
+    model = unwrap(model)
     if routing_of(model) is not None:
         raise AlreadyTransformedError(f"{type(model).__name__} is already transformed; restore(model) before load.")
     source = Path(path)

@@ -19,6 +19,7 @@ from .memory import allocate
 from .ratios import BIN, SCALE, capacity
 from .routed import BlockRouting, ModelRouting, forward_at, prepare_context, routing_of, settle
 from .sharding import is_sharded
+from .unwrap import unwrap
 
 _SAMPLED_RATIOS = (250, 500, 750)
 """A block's FLOPs are a parabola in k (products with tokens, and of tokens with tokens): three points fix it."""
@@ -137,6 +138,7 @@ def cost(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Cost
     example_inputs: keyword arguments of ``model.forward`` (only shapes, and the values of integers, matter); None: as when
     the model was transformed. Raises NotTransformedError, CaptureError.
     """
+    model = unwrap(model)
     state = settle(model, example_inputs)
     costs = cost_model(model) if example_inputs is None else measure_costs(model, example_inputs)
     state.costs = state.costs or costs

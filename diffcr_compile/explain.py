@@ -10,6 +10,7 @@ from .config import RouterInput
 from .plan import BlockPlan, ModelPlan
 from .routed import BlockRouting, settle
 from .table import read_table
+from .unwrap import unwrap
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
     """
+    model = unwrap(model)
     state = settle(model)
     plan = state.plan
     families = []

@@ -14,6 +14,7 @@ from .cost import cost_model
 from .estimators import ESTIMATORS, estimate
 from .routed import ModelRouting, router_weight, settle
 from .table import read_table
+from .unwrap import unwrap
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, found {estimator!r}")
+    model = unwrap(model)
     state = settle(model)
     learnable = learnables(model, state)
     before, state.learning = state.learning, functools.partial(estimate, estimator)
@@ -69,6 +71,7 @@ def budget_loss(model: nn.Module, budget: float) -> Tensor:
     Between bins the share is mixed as the outputs are. budget: in (0, 1]. Raises ValueError, NotTransformedError.
     """
     check_budget(budget)
+    model = unwrap(model)
     state = settle(model)
     return (cost_model(model).expected_share(learnables(model, state).ratios) - budget).square()
 

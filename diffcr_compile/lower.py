@@ -23,6 +23,7 @@ from .errors import LoweringError
 from .region import follow_trajectory, pin_region, resolve_regions
 from .routed import STATE, BlockRouting, ModelRouting, Recalled, contexts_are_current, forward_at, router_vector, settle
 from .settings import setting
+from .unwrap import unwrap
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -53,6 +54,7 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
             f"mode {mode!r} records CUDA graphs, which several compiled regions of one model overwrite for each other (pytorch "
             "issue 152887). Use scope='full', or mode='max-autotune-no-cudagraphs'."
         )
+    model = unwrap(model)
     state = settle(model)
     if state.lowered is not None:
         state.lowered.remove(model)

@@ -17,6 +17,7 @@ from .arguments import Path, bind_arguments, map_leaves, positional_names
 from .recording import Recording
 from .region import region_of, timestep_value
 from .routed import routing_of, settle
+from .unwrap import unwrap
 
 
 @contextlib.contextmanager
@@ -36,6 +37,7 @@ def record(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be an integer >= 1, found {limit!r}")
+    model = unwrap(model)
     batches = Recording(folder)
     choice = None if limit is None else _Choice(limit, model)
 
@@ -106,6 +108,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
     Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
     """
+    model = unwrap(model)
     state = settle(model)
     seen = Trace({block.fqn: [] for block in state.blocks})
 

@@ -20,6 +20,7 @@ from .plan import TimestepPlan
 from .primitives import half_of
 from .routed import ModelRouting, routing_of, settle
 from .trajectory import Trajectory
+from .unwrap import unwrap
 
 _SLACK = 1e-3
 """Share of the timestep range by which rounding may carry a value past its ends."""
@@ -165,7 +166,7 @@ def reset(model: nn.Module) -> None:
 
     Raises NotTransformedError, CaptureError.
     """
-    current = settle(model).current
+    current = settle(unwrap(model)).current
     current.trajectory = None
     current.recalled.clear()
 

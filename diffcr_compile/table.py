@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .ratios import SCALE
 from .routed import ModelRouting, settle
+from .unwrap import unwrap
 
 
 def ratios(model: nn.Module) -> Tensor:
@@ -18,8 +19,7 @@ def ratios(model: nn.Module) -> Tensor:
     Rows are timestep regions from clean (low timesteps) to noisy; columns are blocks in order of first execution.
     Raises NotTransformedError; CaptureError where the blocks have not been looked for yet.
     """
-    state = settle(model)
-    return read_table(state)
+    return read_table(settle(unwrap(model)))
 
 
 def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[float]]) -> None:
@@ -28,7 +28,7 @@ def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[floa
     values: share of the tokens that skip, in [0, 1]. Raises ValueError for values outside or another shape, and as ratios.
     Warns once where routers that nobody calibrated are made to route.
     """
-    state = settle(model)
+    state = settle(unwrap(model))
     shape = (state.num_regions, len(state.blocks))
     table = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if table.ndim == 0:

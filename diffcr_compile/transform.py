@@ -27,6 +27,7 @@ from .plan import ModelPlan, Refusal
 from .plan_check import check_plan
 from .region import add_region_hooks, remove_region_hooks
 from .routed import STATE, ModelRouting, routing_of, unbind
+from .unwrap import unwrap
 
 PASSES = (
     capture_calls,  # run the model once: what is every module called with?
@@ -49,7 +50,8 @@ def transform(
     At ratio zero, where it starts, the model computes what it did before, bit for bit. Class, signature, hooks, dtype and
     state-dict keys stay; what is added lives inside the blocks (``diffcr_router``) and is left out of state dicts.
 
-    model: any module whose forward is a denoiser's; of a pipeline, pass ``pipe.transformer``.
+    model: any module whose forward is a denoiser's; of a pipeline, pass ``pipe.transformer``. Of a wrapper (``torch.compile``,
+        DistributedDataParallel) the module inside is routed, and returned: wrap that, an old wrapper knows of no routers.
     config: see :class:`DiffCRConfig`.
     example_inputs: keyword arguments of ``model.forward``, or ``(args, kwargs)``. None: the blocks are looked for at the
         first forward, with its inputs.
@@ -58,7 +60,7 @@ def transform(
     Raises AlreadyTransformedError, CaptureError (the model refuses the inputs), BlockNotFoundError (nothing can be routed;
     every candidate is listed with the reason), TypeError. The model is then as it was before.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     if routing_of(model) is not None:
         raise AlreadyTransformedError(
             f"{type(model).__name__} is already transformed. Use set_ratios or calibrate, or restore(model) first."
@@ -143,7 +145,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises NotTransformedError on a model that is not transformed.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     state = routing_of(model)
     if not isinstance(state, ModelRouting):
         raise NotTransformedError(f"{type(model).__name__} is not transformed, so there is nothing to restore.")
@@ -168,15 +170,3 @@ def _bound_inputs(model: nn.Module, inputs: Any) -> dict[str, Any]:
         f"example_inputs must be a dict of keyword arguments of {type(model).__name__}.forward, or (args, kwargs); "
         f"found {type(inputs).__name__}"
     )
-
-
-def _unwrap(model: Any) -> nn.Module:
-    """The module behind a compiled wrapper. Raises TypeError for what is no module, naming a pipeline's denoiser."""
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        return model._orig_mod
-    if isinstance(model, nn.Module):
-        return model
-    hint = next(
-        (f" Pass its denoiser: .{name}." for name in ("transformer", "unet", "dit") if hasattr(model, name)), ""
-    )
-    raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}.{hint}")
