@@ -6,6 +6,7 @@ with a reason instead of being half understood.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -34,17 +35,19 @@ class _Options:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`. Raises ``ValueError`` for another type, a newer version or unknown keys."""
+        """Inverse of :meth:`to_dict`. Raises ``ValueError`` for another type, an unknown version or unknown keys."""
+        if not isinstance(data, dict):
+            raise ValueError(f"expected the options of a {cls.__name__} as a dictionary, found {type(data).__name__}")
         data = dict(data)
         kind, version = data.pop("type", None), data.pop("version", None)
         if kind != cls.__name__:
             raise ValueError(f"expected options of type {cls.__name__!r}, found {kind!r}")
-        if not isinstance(version, int) or version > cls.version:
+        if type(version) is not int or not 1 <= version <= cls.version:
             raise ValueError(f"{cls.__name__} version {version!r} is not known here (newest known: {cls.version})")
         unknown = sorted(set(data) - {field.name for field in fields(cls)})  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"{cls.__name__} has no option named {', '.join(map(repr, unknown))}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        return cls(**data)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -52,8 +55,12 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], found {value!r}")
 
 
@@ -65,6 +72,14 @@ def _check_positive(name: str, value: float) -> None:
 def _check_count(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, found {value!r}")
+
+
+def _ordered_pair(name: str, value: Any) -> tuple[float, float]:
+    """``value`` as a tuple (lowest, highest), whatever sequence it came as."""
+    pair = value if isinstance(value, tuple | list) else ()
+    if len(pair) != 2 or not all(map(_is_number, pair)) or not pair[0] < pair[1]:
+        raise ValueError(f"{name} must be (lowest, highest), two finite numbers, found {value!r}")
+    return float(pair[0]), float(pair[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +144,7 @@ class DiffCRConfig(_Options):
         if self.context == "stale" and not reuses:
             raise ValueError("context='stale' remembers the skipped tokens' keys and values: it needs skip='reuse'")
         _check_choice("selection", self.selection, get_args(Selection))
+        _check_count("extrapolation", self.extrapolation, least=0)
         _check_choice("extrapolation", self.extrapolation, (0, 1, 2))
         if self.memory_dtype is not None:
             _check_choice("memory_dtype", self.memory_dtype, get_args(MemoryDtype))
@@ -145,10 +161,10 @@ class DiffCRConfig(_Options):
             )
         _check_choice("gate", self.gate, get_args(Gate))
         _check_share("min_flops_share", self.min_flops_share)
+        if not isinstance(self.timestep_argument, str | None):
+            raise ValueError(f"timestep_argument must be an input's name or None, found {self.timestep_argument!r}")
         if self.timestep_range is not None:
-            low, high = self.timestep_range
-            if not low < high:
-                raise ValueError(f"timestep_range must be (lowest, highest), found {self.timestep_range!r}")
+            object.__setattr__(self, "timestep_range", _ordered_pair("timestep_range", self.timestep_range))
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

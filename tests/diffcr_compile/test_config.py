@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ CONFIGS = st.one_of(
         guidance=st.sampled_from(["separate", "shared"]),
         min_flops_share=st.floats(0, 1),
         timestep_argument=st.none() | st.text(max_size=5),
-        timestep_range=st.none() | st.tuples(st.floats(-1, 0), st.floats(0.5, 1000)),
+        timestep_range=st.none()
+        | st.tuples(st.floats(-1, 0), st.floats(0.5, 1000))
+        | st.tuples(st.integers(-9, 0), st.integers(1, 9)).map(list),
     ),
     st.builds(
         CalibrationConfig,
@@ -36,7 +39,9 @@ CONFIGS = st.one_of(
 
 @given(config=CONFIGS)
 def test_options_survive_json(config: DiffCRConfig | CalibrationConfig) -> None:
-    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    found = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert found == config
+    assert hash(found) == hash(config)
 
 
 def test_options_are_frozen_and_by_keyword() -> None:
@@ -61,7 +66,28 @@ def test_options_are_frozen_and_by_keyword() -> None:
         (DiffCRConfig, {"context": "stale"}, "needs skip='reuse'"),
         (DiffCRConfig, {"context": "none"}, "context must be one of 'kept', 'all', 'stale', found 'none'"),
         (DiffCRConfig, {"min_flops_share": 1.5}, "min_flops_share must lie in \\[0, 1\\], found 1.5"),
-        (DiffCRConfig, {"timestep_range": (1.0, 1.0)}, "timestep_range must be \\(lowest, highest\\)"),
+        (DiffCRConfig, {"min_flops_share": "a"}, "min_flops_share must lie in \\[0, 1\\], found 'a'"),
+        (DiffCRConfig, {"extrapolation": 3}, "extrapolation must be one of 0, 1, 2, found 3"),
+        (DiffCRConfig, {"extrapolation": True}, "extrapolation must be an integer >= 0, found True"),
+        (DiffCRConfig, {"timestep_argument": 3}, "timestep_argument must be an input's name or None, found 3"),
+        *(
+            (
+                DiffCRConfig,
+                {"timestep_range": found},
+                f"timestep_range must be \\(lowest, highest\\), two finite numbers, found {re.escape(repr(found))}$",
+            )
+            for found in (
+                (1.0, 1.0),
+                5,
+                (1, 2, 3),
+                ("a", "b"),
+                "01",
+                (0, float("inf")),
+                (0, float("nan")),
+                (False, True),
+                [1, 0],
+            )
+        ),
         (CalibrationConfig, {"steps": 0}, "steps must be an integer >= 1, found 0"),
         (CalibrationConfig, {"learning_rate": 0.0}, "learning_rate must be positive, found 0.0"),
         (CalibrationConfig, {"tolerance": -1.0}, "tolerance must be positive"),
@@ -81,9 +107,16 @@ def test_a_bad_option_is_named(cls: type, options: dict[str, Any], says: str) ->
         ({"type": "Other"}, "expected options of type 'DiffCRConfig', found 'Other'"),
         ({"version": 2}, "version 2 is not known here \\(newest known: 1\\)"),
         ({"version": None}, "version None"),
+        ({"version": -3}, "version -3 is not known here"),
+        ({"version": True}, "version True is not known here"),
         ({"colour": 1}, "no option named 'colour'"),
     ],
 )
 def test_another_files_options_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         DiffCRConfig.from_dict({**DiffCRConfig().to_dict(), **change})
+
+
+def test_what_is_no_dictionary_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected the options of a DiffCRConfig as a dictionary, found list"):
+        DiffCRConfig.from_dict([])  # type: ignore[arg-type]
