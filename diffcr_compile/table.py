@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +26,48 @@ def ratios(model: nn.Module) -> Tensor:
 def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[float]]) -> None:
     """Set the table: one ratio for all, or a (num_regions, num_blocks) table. Taken as given to the thousandth, not snapped.
 
-    values: share of the tokens that skip, in [0, 1]. Raises ValueError for values outside or another shape, and as ratios.
-    Warns once where routers that nobody calibrated are made to route.
+    values: share of the tokens that skip, in [0, 1]. Raises ValueError for values outside or another shape, TypeError for what is
+    no table of real numbers, and as ratios. Warns once where routers that nobody calibrated are made to route.
     """
     state = settle(unwrap(model))
     shape = (state.num_regions, len(state.blocks))
-    table = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    table = _as_table(values)
     if table.ndim == 0:
         table = table.expand(shape)
     if tuple(table.shape) != shape:
         raise ValueError(
             f"expected one ratio, or a table of shape {shape} (timestep regions, blocks); found shape {tuple(table.shape)}"
         )
-    if not bool(((table >= 0) & (table <= 1)).all()):
-        raise ValueError(f"ratios must lie in [0, 1], found {table.min():g}..{table.max():g}")
+    outside = (~((table >= 0) & (table <= 1))).nonzero().tolist()
+    if outside:
+        region, index = outside[0]
+        raise ValueError(
+            f"ratios must lie in [0, 1], found {table[region, index]:g} for {state.blocks[index].fqn} in timestep region {region}"
+        )
     if bool((table > 0).any()) and not state.trained and not state.warned:
         state.warned = True
         warnings.warn(
             "the routers are untrained: tokens are chosen at random. Call diffcr_compile.calibrate.", stacklevel=2
         )
     write_table(state, [[round(float(value) * SCALE) for value in row] for row in table])
+
+
+def _as_table(values: Any) -> Tensor:
+    """``values`` in float64 on the CPU. Raises TypeError; truth values and complex numbers are no ratios."""
+    try:
+        kind = torch.as_tensor(values, device="cpu").dtype
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # whatever torch makes of text, None or rows of several lengths
+        raise TypeError(
+            "expected one ratio, or a table of ratios (timestep regions, blocks) as a tensor or a list of rows of equal length; "
+            f"found {values!r:.80}"
+        ) from error
+    if kind == torch.bool or kind.is_complex:
+        raise TypeError(f"expected ratios as real numbers, found {str(kind).removeprefix('torch.')}: {values!r:.80}")
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def read_table(state: ModelRouting) -> Tensor:

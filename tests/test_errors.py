@@ -213,6 +213,31 @@ CASES = (
         )
         for ratio in (1.2, -0.1, float("nan"), float("inf"))
     ),
+    *(
+        Case(
+            f"ratios {found!r}",
+            transformed,
+            lambda model, found=found: diffcr_compile.set_ratios(model, found),  # type: ignore[misc]
+            TypeError,
+            says,
+        )
+        for found, says in (
+            ("abc", ("expected one ratio, or a table of ratios (timestep regions, blocks)", "found 'abc'")),
+            (None, ("expected one ratio", "found None")),
+            ({"blocks.0": 0.5}, ("expected one ratio", "found {'blocks.0': 0.5}")),
+            ([[0.1], [0.1, 0.2]], ("a list of rows of equal length", "found [[0.1], [0.1, 0.2]]")),
+            (True, ("expected ratios as real numbers, found bool", "True")),
+            (torch.ones(4, 2, dtype=torch.bool), ("expected ratios as real numbers, found bool",)),
+            (torch.tensor(0.5 + 0j), ("expected ratios as real numbers, found complex64",)),
+        )
+    ),
+    Case(
+        "a table with a value that is no number",
+        transformed,
+        lambda model: diffcr_compile.set_ratios(model, [[0.1, float("nan")]] * 4),
+        ValueError,
+        ("ratios must lie in [0, 1]", "found nan for blocks.1 in timestep region 0"),
+    ),
     Case(
         "a table of another shape",
         transformed,
