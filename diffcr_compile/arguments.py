@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 Path = tuple[str | int, ...]
 Signature = tuple[tuple[Path, int | str], ...]
+
+ExampleInputs = dict[str, Any] | tuple[tuple[Any, ...], dict[str, Any]]
+"""How a user gives the inputs of a model: keyword arguments of its forward, or (args, kwargs)."""
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -36,6 +40,19 @@ def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
     for key in sorted(given):
         bound[key] = given[key]
     return bound
+
+
+def bind_inputs(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+    """The bound call of ``model.forward`` that ``example_inputs`` stand for. Raises TypeError for what is neither form."""
+    if isinstance(inputs, dict):
+        return dict(inputs)
+    match inputs:
+        case (tuple() | list() as args, dict() as kwargs):
+            return bind_arguments(positional_names(model.forward), tuple(args), kwargs)
+    raise TypeError(
+        f"example_inputs must be a dict of keyword arguments of {type(model).__name__}.forward, or (args, kwargs); "
+        f"found {type(inputs).__name__}"
+    )
 
 
 def unbind_arguments(names: tuple[str, ...], bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

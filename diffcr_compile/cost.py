@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import bind_arguments, iterate_leaves, map_leaves
+from .arguments import ExampleInputs, bind_arguments, bind_inputs, iterate_leaves, map_leaves
 from .config import BudgetKind
 from .dry_run import dry_run, shadow
 from .errors import CaptureError
@@ -132,15 +132,16 @@ class CostModel:
         return (spent + self.fixed / self.dense).float()
 
 
-def cost(model: nn.Module, example_inputs: dict[str, Any] | None = None) -> Cost:
+def cost(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Cost:
     """FLOPs of the model, dense and at its present table.
 
-    example_inputs: keyword arguments of ``model.forward`` (only shapes, and the values of integers, matter); None: as when
-    the model was transformed. Raises NotTransformedError, CaptureError.
+    example_inputs: keyword arguments of ``model.forward``, or ``(args, kwargs)`` (only shapes, and the values of integers,
+    matter); None: as when the model was transformed. Raises NotTransformedError, CaptureError, TypeError.
     """
     model = unwrap(model)
-    state = settle(model, example_inputs)
-    costs = cost_model(model) if example_inputs is None else measure_costs(model, example_inputs)
+    inputs = None if example_inputs is None else bind_inputs(model, example_inputs)
+    state = settle(model, inputs)
+    costs = cost_model(model) if inputs is None else measure_costs(model, inputs)
     state.costs = state.costs or costs
     rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
     memory = sum(block.memory for block, routing in zip(costs.blocks, state.blocks, strict=True) if any(routing.ratios))

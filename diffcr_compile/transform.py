@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import bind_arguments, positional_names
+from .arguments import ExampleInputs, bind_inputs
 from .config import DiffCRConfig
 from .cost import cost_model
 from .dry_run import describe_inputs
@@ -42,7 +42,7 @@ def transform(
     model: nn.Module,
     config: DiffCRConfig | None = None,
     *,
-    example_inputs: dict[str, Any] | tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    example_inputs: ExampleInputs | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
     """Turn the transformer blocks of ``model`` into router-gated skip blocks, in place; returns the same object.
@@ -72,7 +72,7 @@ def transform(
     if example_inputs is None:
         state.deferred = search
     else:
-        search(model, state, _bound_inputs(model, example_inputs))
+        search(model, state, bind_inputs(model, example_inputs))
     model.__dict__[STATE] = state
     add_region_hooks(model)
     if example_inputs is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -158,15 +158,3 @@ def restore(model: nn.Module) -> nn.Module:
     remove_region_hooks(model)
     del model.__dict__[STATE]
     return model
-
-
-def _bound_inputs(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    if isinstance(inputs, dict):
-        return dict(inputs)
-    match inputs:
-        case (tuple() | list() as args, dict() as kwargs):
-            return bind_arguments(positional_names(model.forward), tuple(args), kwargs)
-    raise TypeError(
-        f"example_inputs must be a dict of keyword arguments of {type(model).__name__}.forward, or (args, kwargs); "
-        f"found {type(inputs).__name__}"
-    )

@@ -290,6 +290,16 @@ CASES = (
         TypeError,
         ("example_inputs must be a dict of keyword arguments of TinyDiT.forward", "found Tensor"),
     ),
+    *(
+        Case(
+            f"inputs of cost no dict, {build.__name__}",
+            build,
+            lambda model: diffcr_compile.cost(model, (INPUTS["x"], INPUTS["timestep"])),  # type: ignore[arg-type]
+            TypeError,
+            ("example_inputs must be a dict of keyword arguments of TinyDiT.forward, or (args, kwargs)", "found tuple"),
+        )
+        for build in (transformed, deferred)
+    ),
     Case(
         "config no config",
         plain,

@@ -36,6 +36,15 @@ def test_other_inputs_cost_otherwise(model: TinyDiT) -> None:
     assert diffcr_compile.cost(model) == small
 
 
+@pytest.mark.parametrize("settled", [True, False], ids=["settled", "deferred"])
+def test_inputs_may_be_given_by_position(settled: bool) -> None:
+    inputs = tiny_inputs(SHAPE)
+    model = routed(SHAPE) if settled else diffcr_compile.transform(original(SHAPE))
+    expected = diffcr_compile.cost(routed(SHAPE), inputs)
+    assert diffcr_compile.cost(model, ((inputs["x"],), {"timestep": inputs["timestep"]})) == expected
+    assert diffcr_compile.cost(model, ((), inputs)) == expected
+
+
 def test_the_expected_share_is_the_share_at_bins_and_linear_between(model: TinyDiT) -> None:
     costs = cost_model(model)
     at = {ratio: costs.share([[ratio] * 2] * 4) for ratio in (300, 400)}
