@@ -49,14 +49,15 @@ def remove_region_hooks(model: nn.Module) -> None:
 
 
 def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> list[int]:
-    """Region of each sample, 0 the cleanest: one entry where all share a timestep. One read of the timestep by the host.
+    """Region of each sample, 0 the cleanest: one entry where all share a timestep, or there are none. One read of the timestep
+    by the host.
 
     values: a number, or a tensor of one value, of one per sample (B,), or of one per token (B, ...), whose largest counts.
     Raises ValueError outside the range of training, which is fixed at ``transform``.
     """
     if isinstance(values, Tensor):
         values = values.detach()
-        values = values.reshape(values.shape[0], -1).amax(dim=1) if values.ndim > 1 else values.reshape(-1)
+        values = values.flatten(1).amax(dim=1) if values.ndim > 1 else values.reshape(-1)
         numbers = [float(value) for value in values.tolist()]
     else:
         numbers = [float(values)]
@@ -67,7 +68,7 @@ def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> l
                 f"timestep {plan.argument!r} is {number:g}, outside {plan.low:g}..{plan.high:g}, the range fixed when the model "
                 "was transformed. Pass DiffCRConfig(timestep_range=(low, high)) to transform if the model is used so."
             )
-    return [min(max(int((number - plan.low) / width * num_regions), 0), num_regions - 1) for number in numbers]
+    return [min(max(int((number - plan.low) / width * num_regions), 0), num_regions - 1) for number in numbers] or [0]
 
 
 def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> list[int]:

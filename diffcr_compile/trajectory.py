@@ -74,7 +74,7 @@ class Trajectory:
 
     def _arrive(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
         self.now = torch.as_tensor(timestep).detach().float()
-        self.now = self.now.reshape(len(self.now), -1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
+        self.now = self.now.flatten(1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
         self.grid = grid
         self._recalled.clear()
 

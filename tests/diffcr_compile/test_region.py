@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Shape, TinyDiT, relative_error, routed, same_bits, tiny_inputs
+from models import Shape, TinyDiT, original, relative_error, routed, same_bits, tiny_inputs
 
 import diffcr_compile
+from diffcr_compile import DiffCRConfig
 from diffcr_compile.plan import TimestepPlan
 from diffcr_compile.region import pin_region, region_of
 from diffcr_compile.routed import routing_of
@@ -53,11 +54,28 @@ def test_regions_are_of_equal_width(value: float, num_regions: int) -> None:
         (torch.tensor([1000.9, -0.9]), [3, 0]),
         (500, [2]),
         (249.999, [0]),
+        (torch.zeros(0), [0]),
+        (torch.zeros(0, 5), [0]),
     ],
-    ids=["scalar", "per sample", "per token: the largest", "ends", "rounding past the ends", "int", "just below"],
+    ids=[
+        *("scalar", "per sample", "per token: the largest", "ends", "rounding past the ends", "int", "just below"),
+        *("no samples", "no samples, per token"),
+    ],
 )
 def test_region_of(values: Any, expected: list[int]) -> None:
     assert region_of(values, PLAN, 4) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"router": "timestep"}, {"skip": "reuse", "num_regions": 4}], ids=str)
+def test_an_empty_batch_has_an_empty_result(options: dict[str, Any]) -> None:
+    """As in the dense model, eagerly and lowered, whatever the table."""
+    model = diffcr_compile.transform(original(SHAPE), DiffCRConfig(**options), example_inputs=tiny_inputs(SHAPE))
+    diffcr_compile.set_ratios(model, TABLE)
+    empty = {name: leaf[:0] for name, leaf in tiny_inputs(SHAPE).items()}
+    expected = original(SHAPE)(**empty)
+    assert same_bits(model(**empty), expected)
+    for scope in ("regional", "full"):
+        assert same_bits(diffcr_compile.lower(model, scope=scope, backend="eager")(**empty), expected)
 
 
 @pytest.mark.parametrize("value", [1002.0, -2.0, float("nan")])
