@@ -67,6 +67,8 @@ def transform(
         )
     if config is not None and not isinstance(config, DiffCRConfig):
         raise TypeError(f"config must be a DiffCRConfig, found {type(config).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function (module, fqn) -> bool, found {type(filter_fn).__name__}")
     state = ModelRouting(config or DiffCRConfig())
     search = _Search(filter_fn or (lambda module, fqn: True))
     if example_inputs is None:

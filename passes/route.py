@@ -34,8 +34,8 @@ def check_untouched(model: nn.Module) -> None:
 def _check_forward(module: nn.Module, fqn: str) -> None:
     if "forward" in vars(module):
         raise UnsupportedError(
-            f"{fqn} already has a forward set on the instance (by offload, casting, cache or compile hooks). Call transform first "
-            "and add them afterwards."
+            f"{fqn} already has a forward set on the instance, where the routed one goes. If offload, casting, cache or compile "
+            "hooks set it: call transform first and add them afterwards. If it is your own: make it that of the module's class."
         )
 
 

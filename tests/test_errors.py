@@ -301,6 +301,13 @@ CASES = (
         for build in (transformed, deferred)
     ),
     Case(
+        "filter_fn no function",
+        plain,
+        transform(filter_fn="blocks"),
+        TypeError,
+        ("filter_fn must be a function (module, fqn) -> bool", "found str"),
+    ),
+    Case(
         "config no config",
         plain,
         transform(config={"num_regions": 2}),
@@ -319,7 +326,11 @@ CASES = (
         overridden,
         transform(),
         diffcr_compile.UnsupportedError,
-        ("blocks.1 already has a forward set on the instance", "Call transform first"),
+        (
+            "blocks.1 already has a forward set on the instance",
+            "compile hooks set it: call transform first",
+            "If it is your own: make it the forward of the module's class",
+        ),
     ),
     Case(
         "no batches",
