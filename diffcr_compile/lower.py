@@ -36,7 +36,8 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
     scope: ``"regional"`` compiles the blocks, ``"full"`` the whole denoiser; ``"auto"``: full where the mode records CUDA
         graphs (regional CUDA graphs are broken in torch, pytorch issue 152887), else regional, which compiles in a time that
         does not grow with depth.
-    mode: as in torch.compile. options: further arguments of torch.compile (``backend``, ``options``).
+    mode: as in torch.compile. options: further arguments of torch.compile (``backend``, ``options``); what it refuses is refused
+        here, before anything changes.
 
     A later ``set_ratios`` or ``calibrate`` is followed: new capacities compile when they are first met. Outputs equal the eager
     model's up to Inductor's rounding (1e-5 relative in float32, as for the dense model), as long as no two scores tie.
@@ -48,22 +49,38 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, found {mode!r}")
     if {"fullgraph", "dynamic"} & set(options):
         raise LoweringError("lower compiles whole graphs of static shapes; leave fullgraph and dynamic out.")
-    records_cuda_graphs = mode in _CUDA_GRAPH_MODES
-    if scope == "regional" and records_cuda_graphs:
+    recorder = _cuda_graph_option(mode, options)
+    if scope == "regional" and recorder:
         raise LoweringError(
-            f"mode {mode!r} records CUDA graphs, which several compiled regions of one model overwrite for each other (pytorch "
+            f"{recorder} records CUDA graphs, which several compiled regions of one model overwrite for each other (pytorch "
             "issue 152887). Use scope='full', or mode='max-autotune-no-cudagraphs'."
         )
+    compile_options = {"mode": mode, "fullgraph": True, "dynamic": False, **options}
+    try:
+        torch.compile(_model_body, **compile_options)  # compiles nothing yet
+    except Exception as error:  # torch has no one type for what it does not know
+        raise LoweringError(
+            f"torch.compile does not take these options: {type(error).__name__}: {error!s:.200}"
+        ) from error
     model = unwrap(model)
     state = settle(model)
     if state.lowered is not None:
         state.lowered.remove(model)
-    chosen = scope if scope != "auto" else ("full" if records_cuda_graphs else "regional")
-    compile_options = {"mode": mode, "fullgraph": True, "dynamic": False, **options}
-    lowered = Lowered(chosen, compile_options, clone_outputs=records_cuda_graphs)
+    chosen = scope if scope != "auto" else ("full" if recorder else "regional")
+    lowered = Lowered(chosen, compile_options, clone_outputs=recorder is not None)
     lowered.install(model)
     state.lowered = lowered
     return model
+
+
+def _cuda_graph_option(mode: Mode | None, options: dict[str, Any]) -> str | None:
+    """The argument of ``lower`` that has CUDA graphs recorded, as one would write it; None where none has."""
+    if mode in _CUDA_GRAPH_MODES:
+        return f"mode={mode!r}"
+    if options.get("backend") == "cudagraphs":
+        return "backend='cudagraphs'"
+    inductor = options.get("options")
+    return f"options={inductor!r}" if isinstance(inductor, dict) and inductor.get("triton.cudagraphs") else None
 
 
 @dataclass(eq=False)

@@ -328,8 +328,8 @@ CASES = (
         diffcr_compile.UnsupportedError,
         (
             "blocks.1 already has a forward set on the instance",
-            "compile hooks set it: call transform first",
-            "If it is your own: make it the forward of the module's class",
+            "hooks set it: call transform first",
+            "If it is your own: make it that of the module's class",
         ),
     ),
     Case(
@@ -381,12 +381,39 @@ CASES = (
         diffcr_compile.UnsupportedError,
         ("blocks.0 is called in a way it was not analysed for", "mask", "restore(model)", "example_inputs"),
     ),
-    Case(
-        "regional with CUDA graphs",
-        transformed,
-        lambda model: diffcr_compile.lower(model, scope="regional", mode="reduce-overhead"),
-        diffcr_compile.LoweringError,
-        ("'reduce-overhead' records CUDA graphs", "152887", "scope='full'"),
+    *(
+        Case(
+            f"regional with CUDA graphs by {name}",
+            transformed,
+            lambda model, name=name, value=value: diffcr_compile.lower(model, scope="regional", **{name: value}),  # type: ignore[misc]
+            diffcr_compile.LoweringError,
+            (f"{name}={value!r} records CUDA graphs", "152887", "scope='full'"),
+        )
+        for name, value in (
+            ("mode", "reduce-overhead"),
+            ("backend", "cudagraphs"),
+            ("options", {"triton.cudagraphs": True}),
+        )
+    ),
+    *(
+        Case(
+            f"{what} in lower",
+            transformed,
+            lambda model, options=options: diffcr_compile.lower(model, **options),  # type: ignore[misc]
+            diffcr_compile.LoweringError,
+            ("torch.compile does not take these options", *says),
+        )
+        for what, options, says in (
+            ("an unknown backend", {"backend": "nope"}, ("Invalid backend: 'nope'",)),
+            ("an unknown argument", {"foo": 1}, ("unexpected keyword argument 'foo'",)),
+            ("an unknown option", {"options": {"foo": 1}}, ("Unexpected optimization option foo",)),
+            ("options that are none", {"options": 3}, ("AttributeError",)),
+            (
+                "mode beside options",
+                {"mode": "max-autotune-no-cudagraphs", "options": {"epilogue_fusion": True}},
+                ("Either mode or options can be specified",),
+            ),
+        )
     ),
     Case(
         "fullgraph given",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffcr_compile
+from diffcr_compile.routed import routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
@@ -91,6 +93,28 @@ def test_many_capacities_stay_compiled() -> None:
         diffcr_compile.set_ratios(model, thousandth / 1000)
         run(model)
     assert counter.frame_count == len(range(0, 1000, 91))
+
+
+@pytest.mark.parametrize(
+    ("options", "scope"),
+    [
+        ({}, "regional"),
+        ({"mode": "max-autotune-no-cudagraphs"}, "regional"),
+        ({"options": {"epilogue_fusion": True}}, "regional"),
+        ({"mode": "reduce-overhead"}, "full"),
+        ({"options": {"triton.cudagraphs": True}}, "full"),
+    ],
+    ids=str,
+)
+def test_where_cuda_graphs_are_recorded_the_whole_model_is_compiled_and_outputs_are_copies(
+    options: dict[str, Any], scope: str
+) -> None:
+    """However they are asked for: a graph's next run writes over its last outputs."""
+    importlib.import_module(
+        "torch._inductor.cudagraph_trees"
+    )  # torch's reset would, and fails as it then adds a backend
+    state = routing_of(diffcr_compile.lower(routed(PLAIN), **options))
+    assert (state.lowered.scope, state.lowered.clone_outputs) == (scope, scope == "full")
 
 
 @pytest.mark.parametrize("scope", ["full", "regional"])
