@@ -317,7 +317,7 @@ class Learner:
 
     def _what_is_left(self) -> str:
         kept = "" if self.checkpoint is None else f" The last checkpoint is in {self.checkpoint.path}."
-        return f"Table and routers are as before.{kept}"
+        return f"Table, routers and weights are as before.{kept}"
 
     def _note(self, value: float, share: float, phase: str) -> None:
         self.history.append({"step": self.step, "loss": value, "share": share, "phase": phase})

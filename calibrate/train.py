@@ -15,7 +15,7 @@ from ..cost import CostModel, measure_costs
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
 from ..routed import ROUTER, ModelRouting, router_weight, settle
-from ..sharding import whole
+from ..sharding import local, whole
 from ..table import write_table
 from ..unwrap import unwrap
 from .adapters import low_rank
@@ -69,8 +69,9 @@ def calibrate(
     averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2.
 
     Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, with reuse none that follows another, or a
-    loss that is not finite or grows beyond return: table and routers are then as before, and adapters are taken off),
-    ArtefactError (the checkpoint is damaged or of other settings), UnsupportedError, NotTransformedError, ValueError.
+    loss that is not finite or grows beyond return), ArtefactError (the checkpoint is damaged or of other settings),
+    UnsupportedError, NotTransformedError, ValueError. After any error, or an interrupt, the model is as before: table, routers and
+    the weights that learn, of which the CPU holds a copy meanwhile.
     """
     model = unwrap(model)
     budgets = _check_budgets(budget)
@@ -86,7 +87,8 @@ def calibrate(
     task = Task(budgets, _costs(model, inputs, flops, config, kept), flops, loss, config)
     for share in budgets:
         check_reachable(task.costs, share)
-    with _as_before(model, state):
+    learned = _weights_that_learn(model, config)
+    with _as_before(model, state, learned):
         state.costs = flops
         with _trainable(model, state, config):
             return Learner(model, state, read, task, kept).execute()
@@ -157,13 +159,25 @@ def _trainable(
     return contextlib.nullcontext()
 
 
+def _weights_that_learn(model: nn.Module, config: CalibrationConfig) -> list[Tensor]:
+    """Those of the model's own that a calibration moves; routers are told apart by their caller, adapters come later and go."""
+    if config.trainable != "all" or config.preset == "training-free":
+        return []
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and f"{ROUTER}." not in name
+    ]
+
+
 @contextlib.contextmanager
-def _as_before(model: nn.Module, state: ModelRouting) -> Iterator[None]:
-    """Put back training flags, requires_grad, gradients and lowering; after an error also table and routers."""
+def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> Iterator[None]:
+    """Put back training flags, requires_grad, gradients and lowering; after an error also table, routers and ``weights``, of which
+    the CPU holds a copy meanwhile."""
     training = {module: module.training for module in model.modules()}
     needed = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    routers = [router_weight(model.get_submodule(block.fqn)) for block in state.blocks]
-    before = [router.detach().clone() for router in routers]
+    learned = [*weights, *(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)]
+    before = [local(tensor.detach()).to("cpu", copy=True) for tensor in learned]
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
     trend = state.trend
     lowered = state.lowered
@@ -177,8 +191,8 @@ def _as_before(model: nn.Module, state: ModelRouting) -> Iterator[None]:
             yield
     except BaseException:
         with torch.no_grad():
-            for router, value in zip(routers, before, strict=True):
-                router.copy_(value)
+            for tensor, value in zip(learned, before, strict=True):
+                local(tensor).copy_(value)
         write_table(state, rows)
         state.trend = trend
         raise

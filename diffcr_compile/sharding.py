@@ -25,6 +25,11 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
+def local(tensor: Any) -> Tensor:
+    """The part of a sharded tensor that this process holds, in the same memory; any other as it is."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
 def like(value: Tensor, other: Any) -> Tensor:
     """``value``, which every process has whole, on the device of ``other``, in its dtype, and sharded as it is."""
     value = value.to(device=other.device, dtype=other.dtype)

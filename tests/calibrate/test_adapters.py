@@ -112,7 +112,7 @@ def test_nan_leaves_the_weights(model: TinyDiT) -> None:
     before = snapshot(model)
     spoilt = batches(torch.float64)
     spoilt[1]["x"][0, 0, 0] = torch.nan
-    with pytest.raises(diffcr_compile.CalibrationError, match="Table and routers are as before"):
+    with pytest.raises(diffcr_compile.CalibrationError, match="Table, routers and weights are as before"):
         diffcr_compile.calibrate(model, spoilt, budget=0.6, config=CONFIG)
     assert same_snapshot(snapshot(model), before)
     assert not diffcr_compile.ratios(model).any()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from models import Shape, TinyDiT, original, routed, same_bits, tiny_inputs
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor
 
 import diffcr_compile
-from diffcr_compile import CalibrationConfig
+from diffcr_compile import CalibrationConfig, CalibrationError
 
 SHAPE = Shape("plain", depth=3, heads=2, head_dim=6)
 STEPS = torch.tensor([20.0, 400.0, 950.0])
@@ -135,14 +136,21 @@ def test_batches_may_come_from_a_generator(model: TinyDiT) -> None:
     assert len(report.history) == QUICK.steps
 
 
-def test_an_interrupt_leaves_table_and_routers(model: TinyDiT) -> None:
+@pytest.mark.parametrize("trainable", ["all", "routers"])
+def test_an_interrupt_leaves_table_routers_and_weights(model: TinyDiT, trainable: str) -> None:
     routers = [block.diffcr_router.weight.clone() for block in model.blocks]
+    before, calls = snapshot(model), 0
 
     def loss(one: Any, batch: dict[str, Any]) -> Tensor:
-        raise KeyboardInterrupt
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return one(**batch).square().mean()
 
     with pytest.raises(KeyboardInterrupt):
-        diffcr_compile.calibrate(model, BATCHES, budget=0.7, loss=loss, config=QUICK)
+        diffcr_compile.calibrate(model, BATCHES, budget=0.7, loss=loss, config=replace(QUICK, trainable=trainable))
+    assert same_snapshot(snapshot(model), before)
     assert not diffcr_compile.ratios(model).any()
     assert all(
         torch.equal(block.diffcr_router.weight, router) for block, router in zip(model.blocks, routers, strict=True)
@@ -175,9 +183,11 @@ def test_what_is_no_number_is_said_and_table_and_routers_are_put_back(
     spoilt = [{**batch, "x": batch["x"].clone()} for batch in BATCHES]
     spoilt[which]["x"][0, 0, 0] = torch.nan
     config = CalibrationConfig(steps=8, trainable=trainable)  # type: ignore[arg-type]
-    with pytest.raises(diffcr_compile.CalibrationError, match=r"the loss is nan .* Table and routers are as before"):
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=r"the loss is nan .* Table, routers and weights are as before"):
         diffcr_compile.calibrate(model, spoilt, budget=0.6, config=config)
     assert torch.equal(diffcr_compile.ratios(model), torch.full((4, 3), 0.25))
+    assert same_snapshot(snapshot(model), before)
     assert all(
         torch.equal(block.diffcr_router.weight, router) for block, router in zip(model.blocks, routers, strict=True)
     )
@@ -186,9 +196,11 @@ def test_what_is_no_number_is_said_and_table_and_routers_are_put_back(
 
 def test_divergence_is_said(model: TinyDiT) -> None:
     config = CalibrationConfig(steps=40, learning_rate=0.3)
-    with pytest.raises(diffcr_compile.CalibrationError, match=r"learning diverged: at step \d+ .* Lower the learning"):
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=r"learning diverged: at step \d+ .* Lower the learning"):
         diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
     assert not diffcr_compile.ratios(model).any()
+    assert same_snapshot(snapshot(model), before)
 
 
 def test_batches_of_a_data_loader(model: TinyDiT) -> None:
