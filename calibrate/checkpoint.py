@@ -13,24 +13,32 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArtefactError
+from ..routed import ROUTER
+from ..sharding import whole
 from .processes import of_all_processes, rank
 
 TYPE, VERSION = "diffcr_compile.calibration", 1
 _JSON = "calibration.json"
-_PROGRESS = {"step", "history", "learned", "tables", "targets"}
+_PROGRESS = {"step", "history", "learned", "tables", "targets", "weights"}
+
+SAMPLED = 1024
+"""Values of a tensor, evenly apart, that tell it from others: all of a large model's take minutes to hash."""
 
 
 class Checkpoint:
-    """One directory. ``settings``: what must agree between the run that wrote it and the one that goes on."""
+    """One directory. ``settings``: what must agree between the run that wrote it and the one that goes on. ``weights`` among them
+    may also be those of the last checkpoint, its progress' ``weights``: a model that holds them already."""
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         self.path, self.settings = Path(path), json.loads(json.dumps(settings))
@@ -66,6 +74,8 @@ class Checkpoint:
             )
         if checksum != record_checksum(record):
             raise ArtefactError(f"{file} is not as it was written. Delete {self.path} to start anew.")
+        if self.settings["weights"] == progress["weights"]:
+            settings = {**settings, "weights": progress["weights"]}
         other = sorted(key for key in {*settings, *self.settings} if settings.get(key) != self.settings.get(key))
         if other:
             raise ArtefactError(
@@ -132,6 +142,34 @@ class Checkpoint:
             return load_safetensors(data)
         except SafetensorError as error:
             raise ArtefactError(f"{file} is damaged: {error}. Delete {self.path} to start anew.") from error
+
+
+def digest(leaves: Iterable[tuple[Any, Any]]) -> str:
+    """SHA-256 of names and what they name: shape, dtype and at most ``SAMPLED`` values of each tensor, numbers and text themselves,
+    of other things their type. Sharded tensors are put together: all processes must ask."""
+    found = hashlib.sha256()
+    for name, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = whole(leaf.detach())
+            parts = getattr(leaf, "__tensor_flatten__", lambda: ([], None))()[0]  # a quantised one can't be sliced
+            found.update(repr((name, tuple(leaf.shape), leaf.dtype, parts)).encode())
+            for part in [getattr(leaf, each) for each in parts] or [leaf]:
+                found.update(_sample(part))
+        else:
+            plain = leaf is None or isinstance(leaf, bool | int | float | str)
+            found.update(repr((name, leaf if plain else type(leaf).__qualname__)).encode())
+    return found.hexdigest()
+
+
+def digest_weights(model: nn.Module) -> str:
+    """:func:`digest` of a model's parameters, but for its routers."""
+    return digest((name, weight) for name, weight in model.named_parameters() if f"{ROUTER}." not in name)
+
+
+def _sample(tensor: Tensor) -> bytes:
+    values = tensor.reshape(-1)
+    values = values[:: max(-(-len(values) // SAMPLED), 1)].to("cpu", copy=True)  # FSDP2 can't free what numpy has seen
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def record_checksum(record: dict[str, Any]) -> str:

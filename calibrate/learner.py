@@ -28,7 +28,7 @@ from ..sharding import like, whole
 from ..table import read_table, write_table
 from .appraise import UNIFORM, TokenMap, map_tokens, spread_over_timesteps
 from .batches import Batch, by_region, drawn, model_inputs, to_device
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, digest_weights
 from .examine import examine_routers, examine_table
 from .objective import dense_outputs, distillation_loss, output_tensors
 from .processes import average_gradients, mean_over_processes, rank, wait_for_all
@@ -372,6 +372,7 @@ class Learner:
             "learned": list(self.learned),
             "tables": [[budget, rows] for budget, rows in self.tables.items()],
             "targets": bool(self.targets),
+            "weights": digest_weights(self.model),
         }
         if self.task.costs.unit == "latency":
             progress["latency"] = latency_to_dict(self.task.costs)

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import iterate_leaves
 from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
 from ..routed import ROUTER, ModelRouting, router_weight, settle
-from ..sharding import local, whole
+from ..sharding import local
 from ..table import write_table
 from ..unwrap import unwrap
 from .adapters import low_rank
 from .batches import Batch, model_inputs, read_batches, to_device
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, digest, digest_weights
 from .learner import Learner, Loss, Task
-from .processes import num_processes, of_first_process
+from .processes import num_processes, of_all_processes, of_first_process
 from .report import CalibrationReport
 from .snap import check_reachable
 
@@ -48,8 +49,8 @@ def calibrate(
         weights are trained those outputs are computed before the first step and kept on the CPU, and batches whose samples lie in
         several timestep regions are put together anew, one region each.
     checkpoint: a directory for what is needed to go on, written every ``config.checkpoint_every`` steps. Called again with the
-        same arguments after an interruption, a calibration goes on from there and ends as it would have ended. None: no
-        checkpoints.
+        same arguments after an interruption, a calibration goes on from there and ends as it would have ended. Weights and
+        settings must be those that it began with, and so must batches, but for a loss of one's own. None: no checkpoints.
 
     With the preset ``"training-free"``, the default where the model was transformed with ``skip="reuse"``, nothing is learned: the
     batches are run at ratio zero, in their order (with reuse, that of sampling, as ``record`` collects them), what skipping would
@@ -83,7 +84,7 @@ def calibrate(
     flops = of_first_process(measure_costs(model, inputs))
     kept = None
     if checkpoint is not None:
-        kept = Checkpoint(checkpoint, _settings(model, state, budgets, config, len(read), loss is None))
+        kept = Checkpoint(checkpoint, _settings(model, state, budgets, config, read, loss is None))
     task = Task(budgets, _costs(model, inputs, flops, config, kept), flops, loss, config)
     for share in budgets:
         check_reachable(task.costs, share)
@@ -129,26 +130,28 @@ def _settings(
     state: ModelRouting,
     budgets: tuple[float, ...],
     config: CalibrationConfig,
-    num_batches: int,
+    batches: Sequence[Batch],
     distils: bool,
 ) -> dict[str, Any]:
-    """What a checkpoint must agree in with the run that goes on from it. Weights that stay must be the same, to six digits of
-    their sums: adapters that were merged once are not merged again."""
-    stays = [parameter for name, parameter in model.named_parameters() if f"{ROUTER}." not in name]
+    """What a checkpoint must agree in with the run that goes on from it.
+
+    Batches must be the same where their dense outputs are kept; for a loss of one's own they may be drawn anew. Weights must be
+    those that the calibration began with: adapters that were merged once are not merged again, and what one model learned is not
+    put into another.
+    """
+    known = (
+        ((place, *path), leaf) for place, batch in enumerate(batches) for path, leaf in iterate_leaves(batch) if distils
+    )
     return {
         "loss": "distillation" if distils else "own",
-        "weights": [] if config.trainable == "all" else [f"{_sum(parameter):.5e}" for parameter in stays],
+        "weights": digest_weights(model),
         "blocks": [block.fqn for block in state.blocks],
         "routing": state.config.to_dict(),
         "budgets": list(budgets),
         "calibration": config.to_dict(),
-        "batches": num_batches,
+        "batches": [len(batches), *of_all_processes(digest(known))],
         "processes": num_processes(),
     }
-
-
-def _sum(tensor: Tensor) -> float:
-    return float(whole(tensor.detach().abs().sum(dtype=torch.float64)))
 
 
 def _trainable(

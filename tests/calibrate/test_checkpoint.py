@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -28,11 +29,12 @@ if __name__ == "__main__":
 import pytest
 import torch
 from diffcr_compile.calibration import learner, train
-from diffcr_compile.calibration.checkpoint import Checkpoint, record_checksum
+from diffcr_compile.calibration.checkpoint import Checkpoint, digest, digest_weights, record_checksum
 from models import Shape, TinyDiT, routed, same_bits, same_snapshot, snapshot, tiny_inputs
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcr_compile import ArtefactError, CalibrationConfig, CalibrationReport
+from diffcr_compile.arguments import iterate_leaves
 from diffcr_compile.latency import BlockTime
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
@@ -292,10 +294,10 @@ def refused(folder: Path, match: str, **options: Any) -> None:
         ({"budget": 0.6}, "budgets"),
         ({"config": {"seed": 1}}, "calibration"),
         ({"config": {"steps": 9}}, "calibration"),
-        ({"config": {"trainable": "routers"}, "budget": (0.5, 0.7)}, "budgets, calibration, weights"),
+        ({"config": {"trainable": "routers"}, "budget": (0.5, 0.7)}, "budgets, calibration"),
         pytest.param(
             {"loss": lambda model, batch: model(**batch).square().mean()},
-            "loss",
+            "batches, loss",
         ),
     ],
 )
@@ -308,8 +310,63 @@ def test_another_number_of_batches_and_another_model_are_refused_by_name(halfway
     with pytest.raises(ArtefactError, match=r"other settings \(batches\)"):
         diffcr_compile.calibrate(fresh(), BATCHES[:2], budget=BUDGETS, config=config, checkpoint=halfway)
     other = Shape("plain", depth=3, heads=1, head_dim=6)
-    with pytest.raises(ArtefactError, match=r"other settings \(blocks\)"):
+    with pytest.raises(ArtefactError, match=r"other settings \(blocks, weights\)"):
         diffcr_compile.calibrate(fresh(other), BATCHES, budget=BUDGETS, config=config, checkpoint=halfway)
+
+
+@pytest.mark.parametrize("trainable", CONFIGS)
+def test_weights_of_another_model_are_refused_and_not_overwritten(trainable: str, tmp_path: Path) -> None:
+    run(fresh(), trainable, tmp_path)
+    other = fresh()
+    with torch.no_grad():
+        other.head.bias[-1] += 1
+    before = snapshot(other)
+    with pytest.raises(ArtefactError, match=r"other settings \(weights\). Give .* or delete it to start anew"):
+        run(other, trainable, tmp_path)
+    assert same_snapshot(snapshot(other), before)
+
+
+def test_as_many_other_batches_are_refused_where_their_dense_outputs_are_kept(halfway: Path) -> None:
+    others = [*BATCHES[:2], {**BATCHES[2], "x": BATCHES[2]["x"] * 1.001}]
+    with pytest.raises(ArtefactError, match=r"other settings \(batches\)"):
+        diffcr_compile.calibrate(fresh(), others, budget=BUDGETS, config=CONFIGS["all"], checkpoint=halfway)
+
+
+def test_a_loss_of_ones_own_goes_on_with_batches_drawn_anew(tmp_path: Path) -> None:
+    def loss(model: Any, batch: dict[str, Any]) -> Tensor:
+        return model(**batch).square().mean()
+
+    interrupt(fresh(), "all", tmp_path, "Learner._note", 6, loss=loss)
+    noised = [{**batch, "x": batch["x"] + 1} for batch in BATCHES]
+    report = diffcr_compile.calibrate(
+        fresh(), noised, budget=BUDGETS, config=CONFIGS["all"], checkpoint=tmp_path, loss=loss
+    )
+    assert len(report.history) == 8
+
+
+def test_a_digest_tells_names_shapes_types_and_values() -> None:
+    x = torch.arange(5000.0)
+    later = x.index_fill(0, torch.tensor([4995]), 1)
+    trees = [
+        {"a": x},
+        {"b": x},
+        {"a": x.view(2, -1)},
+        {"a": x.double()},
+        {"a": later},
+        {"a": x, "b": 1},
+        {"a": x, "b": 1.0},
+    ]
+    digests = [digest(iterate_leaves(tree)) for tree in trees]
+    assert len(set(digests)) == len(digests)
+    assert digest(iterate_leaves({"a": x.clone(), "b": object()})) == digest(iterate_leaves({"a": x, "b": object()}))
+
+
+def test_quantised_weights_have_a_digest() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    models = [nn.Linear(32, 32), nn.Linear(32, 32)]
+    for model in models:
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    assert digest_weights(models[0]) == digest_weights(copy.deepcopy(models[0])) != digest_weights(models[1])
 
 
 def test_a_file_or_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
