@@ -31,10 +31,10 @@ from .batches import Batch, by_region, drawn, model_inputs, to_device
 from .checkpoint import Checkpoint, digest_weights
 from .examine import examine_routers, examine_table
 from .objective import dense_outputs, distillation_loss, output_tensors
-from .processes import average_gradients, mean_over_processes, rank, wait_for_all
+from .processes import average_gradients, mean_over_processes, num_processes, rank, wait_for_all
 from .ratios import BudgetedRatios
 from .rehearsal import find_predecessors, rehearsed
-from .report import CalibrationReport
+from .report import CalibrationReport, Histograms
 from .sampler import Sampler, recover_sampler
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
@@ -103,10 +103,8 @@ class Learner:
             if not self._resume():
                 self._prepare()
             self._train()
-        write_table(self.state, self.tables[self.task.budgets[0]])
-        self.state.trained = True
         report = self._report(start)
-        self.state.report = report.to_dict()
+        self.state.trained, self.state.report = True, report.to_dict()
         return report
 
     def _find_predecessors(self) -> None:
@@ -406,13 +404,17 @@ class Learner:
         return batch if self.task.loss is None else model_inputs(self.model, batch)
 
     def _report(self, start: float) -> CalibrationReport:
+        """What was done. Leaves the first budget's table in force."""
         state, task = self.state, self.task
-        rows, table, budget = _rows(state), read_table(state), task.budgets[0]
-        examined = (self._inputs(batch) for batch in self.batches[:EXAMINED_BATCHES])
-        scores, remarks = examine_routers(self.model, state, examined)
-        if state.config.selection == "turn":
-            scores, remarks = (), ()
-        errors, uniform, tokens = self._appraise()
+        budget, rows = task.budgets[0], self.tables[task.budgets[0]]
+        write_table(state, rows)
+        self.model.eval()
+        table = read_table(state)
+        remarks = list(examine_table(table, budget))
+        scores, found = self._look(remarks, "the routers' scores", self._examine, ((), ()))
+        errors, uniform = self._look(remarks, "what saving costs", self._appraise, ({}, {}))
+        write_table(state, rows)
+        tokens = self._look(remarks, "which tokens are computed", self._map_tokens, ())
         return CalibrationReport(
             history=tuple(self.history),
             table=table,
@@ -424,7 +426,7 @@ class Learner:
             seconds=time.perf_counter() - start,
             budget_kind=task.costs.unit,
             tables={known: torch.tensor(rows).float() / SCALE for known, rows in self.tables.items()},
-            diagnostics=(*examine_table(table, budget), *remarks),
+            diagnostics=(*remarks, *found),
             scores=scores,
             timestep=state.plan.timestep,
             trials=self.trials,
@@ -433,11 +435,29 @@ class Learner:
             tokens=tokens,
         )
 
-    def _appraise(self) -> tuple[dict[float, float], dict[float, float], tuple[TokenMap, ...]]:
+    def _look(self, remarks: list[str], what: str, look: Callable[[], Any], nothing: Any) -> Any:
+        """What ``look`` finds for the report; where it fails ``nothing``, and a remark: what was learned is worth more. Not where
+        others share the work, who would wait for this process."""
+        try:
+            return look()
+        except Exception as error:  # whatever the user's model or batches raise
+            if num_processes() > 1:
+                raise
+            remarks.append(f"{what} could not be looked at: {type(error).__name__}: {error}")
+            return nothing
+        finally:
+            self.state.current.trajectory = None
+
+    def _examine(self) -> tuple[Histograms, tuple[str, ...]]:
+        if self.state.config.selection == "turn":
+            return (), ()
+        places = range(min(EXAMINED_BATCHES, len(self.batches)))
+        return examine_routers(self.model, self.state, (self._inputs(self.batches[place]) for place in places))
+
+    def _appraise(self) -> tuple[dict[float, float], dict[float, float]]:
         """By share, distances from the dense outputs at the budgets' tables, and at ratios that are everywhere the same, on a few
-        batches (where tables were tried on whole trajectories, on these); and which tokens are computed there."""
-        self.model.eval()
-        places = spread_over_timesteps(self.model, self.state, self.batches, self._usable())
+        batches (where tables were tried on whole trajectories, on these)."""
+        places = self._appraised()
 
         def error(rows: Rows) -> float:
             if self.trials:
@@ -454,9 +474,18 @@ class Learner:
 
         present = self.tables[self.task.budgets[0]]
         uniform = errors([[round(ratio * SCALE)] * len(row) for row in present] for ratio in (0.0, *UNIFORM))
-        found = errors(self.tables[budget] for budget in reversed(self.task.budgets))  # the first one's stays
-        maps = [map_tokens(self.model, self.state, self._inputs(self.batches[p]), self._rehearsed(p)) for p in places]
-        return found, uniform, tuple(one for one in maps if one is not None)
+        return errors(self.tables[budget] for budget in reversed(self.task.budgets)), uniform
+
+    def _map_tokens(self) -> tuple[TokenMap, ...]:
+        """Which tokens are computed on these batches at the present table."""
+        maps = (
+            map_tokens(self.model, self.state, self._inputs(self.batches[place]), self._rehearsed(place))
+            for place in self._appraised()
+        )
+        return tuple(one for one in maps if one is not None)
+
+    def _appraised(self) -> list[int]:
+        return spread_over_timesteps(self.model, self.state, self.batches, self._usable())
 
     def _distance(self, index: int) -> Tensor:
         """Of this batch's outputs from the dense ones, () float32."""

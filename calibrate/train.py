@@ -182,13 +182,14 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
     learned = [*weights, *(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)]
     before = [local(tensor.detach()).to("cpu", copy=True) for tensor in learned]
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
-    trend = state.trend
+    trend, learning = state.trend, state.learning
     lowered = state.lowered
     if lowered is not None:
         lowered.remove(model)
     for parameter in needed:
         parameter.grad = None
     learnables(model, state).ratios.grad = None
+    state.learning = None
     try:
         with torch.enable_grad():
             yield
@@ -205,5 +206,6 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
         for parameter, (flag, gradient) in needed.items():
             parameter.requires_grad_(flag)
             parameter.grad = gradient
+        state.learning = learning
         if lowered is not None:
             lowered.install(model)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffcr_compile.calibration import train
+from diffcr_compile.calibration import learner, train
 from hand import hand_costs
 from models import Shape, TinyDiT, relative_error, routed, tiny_inputs
 from torch import Tensor
@@ -18,6 +18,7 @@ from diffcr_compile import BudgetError, CalibrationConfig
 from diffcr_compile.cost import CostModel
 from diffcr_compile.latency import BlockTime
 from diffcr_compile.ratios import capacity
+from diffcr_compile.routed import routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
 
@@ -206,6 +207,72 @@ def test_a_hand_made_cost_model_of_time_is_met_for_several_budgets(
     for budget, table in report.tables.items():
         rows = [[round(1000 * value) for value in row] for row in table.tolist()]
         assert 0.99 * budget <= costs.share(rows) <= budget
+
+
+# The report.
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("examine_routers", "the routers' scores"),
+        ("distillation_loss", "what saving costs"),
+        ("map_tokens", "which tokens are computed"),
+    ],
+)
+@pytest.mark.parametrize("preset", ["default", "training-free"])
+def test_what_can_not_be_looked_at_is_said_in_the_report(
+    model: TinyDiT, monkeypatch: pytest.MonkeyPatch, place: str, what: str, preset: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise IndexError("no such thing")
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        return mean_square(one, batch)
+
+    monkeypatch.setattr(learner, place, fail)
+    config = CalibrationConfig(preset=preset, steps=2 if preset == "default" else 0)  # type: ignore[arg-type]
+    report = diffcr_compile.calibrate(
+        model, BATCHES, budget=0.8, config=config, loss=loss if preset == "default" else None
+    )
+    assert f"{what} could not be looked at: IndexError: no such thing" in report.diagnostics
+    assert torch.equal(report.table, diffcr_compile.ratios(model))
+    assert diffcr_compile.explain(model).trained
+
+
+def test_an_interrupt_in_the_report_is_one_of_the_whole(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learner, "map_tokens", stop)
+    with pytest.raises(KeyboardInterrupt):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=replace(QUICK, steps=2))
+    assert not diffcr_compile.explain(model).trained
+    assert not diffcr_compile.ratios(model).any()
+
+
+def test_a_sequence_need_not_know_slices(model: TinyDiT) -> None:
+    class Drawn(Sequence[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, place: Any) -> Any:
+            if not isinstance(place, int):
+                raise TypeError("a number, please")
+            if place >= 6:
+                raise IndexError
+            return BATCHES[place % 3]
+
+    report = diffcr_compile.calibrate(model, Drawn(), budget=0.8, config=replace(QUICK, steps=2))
+    assert report.diagnostics == ()
+
+
+def test_inside_a_learning_mode_of_ones_own(model: TinyDiT) -> None:
+    expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.8, config=QUICK)
+    with diffcr_compile.learning(model):
+        report = diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=QUICK)
+        assert routing_of(model).learning is not None
+    assert replace(report, seconds=0.0).to_dict() == replace(expected, seconds=0.0).to_dict()
 
 
 # A user's own settings.
