@@ -33,9 +33,14 @@ def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
 
 
 def to_device(model: nn.Module, batch: Batch) -> Batch:
-    """The batch with its tensors on the model's device."""
+    """The batch with its tensors on the model's device; those made under ``torch.inference_mode`` as copies that can be learned
+    from."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return map_leaves(lambda _, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def move(_: Path, leaf: Any) -> Any:
+        return leaf.to(device, copy=leaf.is_inference()) if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(move, batch)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch:

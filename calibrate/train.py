@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import iterate_leaves
 from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
+from ..errors import UnsupportedError
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
 from ..routed import ROUTER, ModelRouting, router_weight, settle
@@ -28,6 +29,7 @@ from .report import CalibrationReport
 from .snap import check_reachable
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -64,7 +66,8 @@ def calibrate(
 
     The stages of learning are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
     bins under the exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and
-    requires_grad are put back. A lowered model learns eagerly and stays lowered.
+    requires_grad are put back. A lowered model learns eagerly and stays lowered. ``torch.no_grad`` and ``torch.inference_mode``
+    around a call do nothing to it.
 
     In several processes (``torch.distributed``, ``accelerate launch``) each learns on the batches it is given; gradients are
     averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2.
@@ -81,6 +84,7 @@ def calibrate(
     state = settle(model, inputs)
     config = config or CalibrationConfig(preset="training-free" if state.config.skip == "reuse" else "default")
     _check_task(budgets, config)
+    _check_weights(model, config)
     flops = of_first_process(measure_costs(model, inputs))
     kept = None
     if checkpoint is not None:
@@ -109,6 +113,14 @@ def _check_budgets(budget: float | Sequence[float]) -> tuple[float, ...]:
 def _check_task(budgets: tuple[float, ...], config: CalibrationConfig) -> None:
     if len(budgets) > 1 and config.settle == 1:
         raise ValueError("with settle=1 the present table stays, which has one cost: give one budget, or lower settle")
+
+
+def _check_weights(model: nn.Module, config: CalibrationConfig) -> None:
+    found = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if found is not None and config.preset != "training-free":
+        raise UnsupportedError(
+            f"{found} was made under torch.inference_mode(), so no gradient passes it. Make or load the model outside of it."
+        )
 
 
 def _costs(
@@ -184,13 +196,13 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
     trend, learning = state.trend, state.learning
     lowered = state.lowered
-    if lowered is not None:
-        lowered.remove(model)
-    for parameter in needed:
-        parameter.grad = None
-    learnables(model, state).ratios.grad = None
-    state.learning = None
     try:
+        if lowered is not None:
+            lowered.remove(model)
+        for parameter in needed:
+            parameter.grad = None
+        learnables(model, state).ratios.grad = None
+        state.learning = None
         with torch.enable_grad():
             yield
     except BaseException:

@@ -7,10 +7,12 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .config import Estimator
 from .cost import cost_model
+from .errors import UnsupportedError
 from .estimators import ESTIMATORS, estimate
 from .routed import ModelRouting, router_weight, settle
 from .table import read_table
@@ -42,11 +44,16 @@ def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[
 
     estimator: ``"two-bin"`` (the paper): each block runs at both neighbouring bins and their outputs are mixed; ``"single-pass"``:
     it runs at the larger one, and the tokens that the smaller leaves out get a share of their update.
-    Raises ValueError for another estimator; NotTransformedError; CaptureError where the blocks have not been looked for yet.
+    Raises ValueError for another estimator; UnsupportedError under ``torch.inference_mode``; NotTransformedError; CaptureError
+    where the blocks have not been looked for yet.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, found {estimator!r}")
     model = unwrap(model)
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError(
+            "learning needs gradients, and torch.inference_mode() is on: enter learning outside of it."
+        )
     state = settle(model)
     learnable = learnables(model, state)
     before, state.learning = state.learning, functools.partial(estimate, estimator)
@@ -59,7 +66,8 @@ def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[
 def learnables(model: nn.Module, state: ModelRouting) -> Learnable:
     """The masters, made from the table at the first call, and the routers."""
     if state.masters is None:
-        state.masters = read_table(state).requires_grad_()
+        with torch.inference_mode(False):
+            state.masters = read_table(state).requires_grad_()
         state.synced = state.masters._version
     routers = tuple(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)
     return Learnable(state.masters, routers)  # type: ignore[arg-type]

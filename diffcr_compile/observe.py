@@ -142,4 +142,6 @@ def _eagerly(model: nn.Module) -> Iterator[None]:
 
 
 def _to_cpu(_: Path, leaf: Any) -> Any:
-    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
+    """A copy that can be learned from, wherever it was recorded."""
+    with torch.inference_mode(False):
+        return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf

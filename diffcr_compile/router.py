@@ -28,7 +28,8 @@ class Router(nn.Module):
         start = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
         if num_regions is not None:
             start = start.repeat(num_regions, 1)
-        self.weight = nn.Parameter(start.to(dtype=dtype, device=device))
+        with torch.inference_mode(False):  # it learns later, wherever the blocks were looked for
+            self.weight = nn.Parameter(start.to(dtype=dtype, device=device, copy=True))
         vars(self)["_taken"] = self.weight
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffcr_compile.calibration import train
 from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor
 
 import diffcr_compile
-from diffcr_compile import CalibrationConfig, CalibrationError
+from diffcr_compile import CalibrationConfig, CalibrationError, UnsupportedError
+from diffcr_compile.routed import routing_of
 
 SHAPE = Shape("plain", depth=3, heads=2, head_dim=6)
 STEPS = torch.tensor([20.0, 400.0, 950.0])
@@ -263,3 +265,47 @@ def test_an_error_inside_a_batch_of_several_regions_spoils_no_later_forward(mode
         model(**tiny_inputs(SHAPE, timestep=steps))
     handle.remove()
     assert same_bits(model(**BATCHES[0]), original(SHAPE)(**BATCHES[0]))
+
+
+@pytest.mark.parametrize("preset", ["default", "training-free"])
+def test_under_inference_mode_all_is_as_without(preset: str) -> None:
+    config = CalibrationConfig(preset=preset, steps=2 if preset == "default" else 0)  # type: ignore[arg-type]
+    expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.7, config=config)
+    model = diffcr_compile.lower(routed(SHAPE), backend="eager")
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    with torch.inference_mode():
+        recorded = [{name: value.clone() for name, value in batch.items()} for batch in BATCHES]
+        found = diffcr_compile.calibrate(model, recorded, budget=0.7, config=config)
+    assert replace(found, seconds=0.0).to_dict() == replace(expected, seconds=0.0).to_dict()
+    assert model.head.weight.grad is not None
+    assert all(block.compiled is not None for block in routing_of(model).blocks)
+
+
+def test_a_model_transformed_and_recorded_under_inference_mode_learns() -> None:
+    model = diffcr_compile.transform(original(SHAPE))
+    with torch.inference_mode(), diffcr_compile.record(model) as batches:
+        model(**BATCHES[0])
+    report = diffcr_compile.calibrate(model, batches, budget=0.7, config=replace(QUICK, steps=2))
+    assert report.share <= 0.7
+
+
+def test_weights_made_under_inference_mode_are_refused(model: TinyDiT) -> None:
+    with torch.inference_mode():
+        model.head.weight = torch.nn.Parameter(model.head.weight.clone())
+    with pytest.raises(UnsupportedError, match=r"head\.weight was made under torch\.inference_mode.* outside of it"):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=QUICK)
+
+
+def test_what_goes_wrong_before_the_first_step_leaves_lowering_and_gradients(
+    model: TinyDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    diffcr_compile.lower(model, backend="eager")
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    monkeypatch.setattr(train, "learnables", fail)
+    with pytest.raises(KeyboardInterrupt):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=QUICK)
+    assert model.head.weight.grad is not None
+    assert all(block.compiled is not None for block in routing_of(model).blocks)

@@ -107,3 +107,12 @@ def test_dense_is_the_original_whatever_the_table_says(model: TinyDiT) -> None:
     with dense(model):
         assert same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
     assert not same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
+
+
+def test_learning_under_inference_mode_is_refused_and_the_budget_loss_is_not(model: TinyDiT) -> None:
+    with torch.inference_mode():
+        with pytest.raises(diffcr_compile.UnsupportedError, match=r"inference_mode\(\) is on: enter learning outside"):
+            diffcr_compile.learning(model).__enter__()
+        assert float(diffcr_compile.budget_loss(model, 0.5)) == pytest.approx(0.25)
+    with diffcr_compile.learning(model):
+        model(**INPUTS).square().sum().backward()
