@@ -79,7 +79,6 @@ class Learner:
         self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
         self.ratios = BudgetedRatios(learnables(model, state).ratios, task.costs, self.config.ratio_learning_rate)
         self.start_share = float(task.costs.expected_share(self.ratios.masters.detach()))
-        self.num_learning = self.config.steps - round(self.config.steps * self.config.settle)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.learned: dict[float, Tensor] = {}
@@ -174,7 +173,7 @@ class Learner:
             for batch in self._all("dense outputs"):
                 self.targets.append([output.cpu() for output in dense_outputs(self.model, batch)])
         self._warm_start()
-        if not self.num_learning:
+        if not self.config.num_learning:
             self._take_present_table()
         if self.checkpoint is not None:
             if self.targets:
@@ -199,16 +198,16 @@ class Learner:
 
     def _train(self) -> None:
         config = self.config
-        described = "learning" if self.num_learning else "settling"
+        described = "learning" if self.config.num_learning else "settling"
         with tqdm(total=config.steps, initial=self.step, desc=described, leave=False, disable=rank() > 0) as bar:
             while self.step < config.steps:
-                if self.step < self.num_learning:
+                if self.step < self.config.num_learning:
                     self._learn()
                 else:
                     bar.set_description("settling", refresh=False)
                     self._settle()
                 self.step += 1
-                if self.step == self.num_learning:
+                if self.step == self.config.num_learning:
                     self._snap()
                 if self.checkpoint is not None and self.step % config.checkpoint_every == 0:
                     self._write_checkpoint()
@@ -235,12 +234,12 @@ class Learner:
         Each budget has an equal part of the learning steps, and the share falls to it over the part's first steps.
         """
         budgets = sorted(self.task.budgets, reverse=True)
-        part = self.num_learning / len(budgets)
-        place = min(int(self.step / part), len(budgets) - 1)
+        part = self.config.num_learning / len(budgets)
+        place = self.step * len(budgets) // self.config.num_learning
         before = budgets[place - 1] if place else self.start_share
         ramp = max(round(self.config.steps * self.config.ramp) / len(budgets), 1.0)
         progress = min((self.step + 1 - place * part) / ramp, 1.0)
-        last = self.step + 1 >= (place + 1) * part - 1e-9
+        last = (self.step + 1) * len(budgets) >= (place + 1) * self.config.num_learning
         if last:
             progress = 1.0
         return before + (budgets[place] - before) * progress, budgets[place] if last else None

@@ -113,6 +113,11 @@ def _check_budgets(budget: float | Sequence[float]) -> tuple[float, ...]:
 def _check_task(budgets: tuple[float, ...], config: CalibrationConfig) -> None:
     if len(budgets) > 1 and config.settle == 1:
         raise ValueError("with settle=1 the present table stays, which has one cost: give one budget, or lower settle")
+    if config.steps and len(budgets) > max(config.num_learning, 1):
+        raise ValueError(
+            f"{len(budgets)} budgets need as many steps of learning, found {config.num_learning} (steps={config.steps}, "
+            f"settle={config.settle}). Expected more steps, a lower settle, or fewer budgets"
+        )
 
 
 def _check_weights(model: nn.Module, config: CalibrationConfig) -> None:

@@ -254,3 +254,13 @@ class CalibrationConfig(_Options):
             _check_share(name, getattr(self, name))
         if self.ramp + self.settle > 1:
             raise ValueError(f"ramp + settle must be at most 1, found {self.ramp} + {self.settle}")
+        if self.steps and self.settle < 1 and not self.num_learning:
+            raise ValueError(
+                f"settle={self.settle} leaves none of the {self.steps} steps to learn ratios in. Expected more steps or a lower "
+                "settle; or settle=1, and the table stays as set_ratios left it"
+            )
+
+    @property
+    def num_learning(self) -> int:
+        """Steps in which ratios learn, the first ones; in those that are left the table is fixed."""
+        return self.steps - round(self.steps * self.settle)

@@ -91,6 +91,16 @@ def test_all_budgets_must_be_within_reach(model: TinyDiT) -> None:
         diffcr_compile.calibrate(model, BATCHES, budget=(0.8, 0.01), config=QUICK)
 
 
+def test_more_budgets_than_steps_of_learning_are_refused_before_anything_runs(model: TinyDiT) -> None:
+    budgets = (0.9, 0.8, 0.7)
+    handle = model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=r"3 budgets need as many steps of learning, found 2 .*steps=3, settle=0\.25"):
+        diffcr_compile.calibrate(model, BATCHES, budget=budgets, config=replace(QUICK, steps=3))
+    handle.remove()
+    report = diffcr_compile.calibrate(model, BATCHES, budget=budgets, config=replace(QUICK, steps=4))
+    assert sorted(report.tables) == sorted(budgets)
+
+
 # Settling alone.
 
 

@@ -94,6 +94,7 @@ def test_options_are_frozen_and_by_keyword() -> None:
         (CalibrationConfig, {"trainable": "none"}, "trainable must be one of"),
         (CalibrationConfig, {"ramp": 0.8, "settle": 0.4}, "ramp \\+ settle must be at most 1"),
         (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
+        (CalibrationConfig, {"settle": 0.9, "steps": 3, "ramp": 0.1}, "settle=0.9 leaves none of the 3 steps to learn"),
     ],
 )
 def test_a_bad_option_is_named(cls: type, options: dict[str, Any], says: str) -> None:
