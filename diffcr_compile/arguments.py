@@ -68,6 +68,14 @@ def unbind_arguments(names: tuple[str, ...], bound: dict[str, Any]) -> tuple[tup
     return tuple(args), {key: value for key, value in bound.items() if key not in taken}
 
 
+def unbind_as(
+    names: tuple[str, ...], bound: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inverse of :func:`bind_arguments` for a bound call with the keys of ``(args, kwargs)``, written as that one is."""
+    keys = (*names, *(f"*{index}" for index in range(len(args) - len(names))))
+    return tuple(bound[key] for key in keys[: len(args)]), {key: bound[key] for key in kwargs}
+
+
 def iterate_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every leaf below ``value``, in order, with its path. ``None`` is a leaf; an empty container has none."""
     if isinstance(value, tuple | list):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_arguments
+from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_as
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
 from .primitives import half_of
@@ -228,7 +228,7 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     (groups, args, kwargs), state.current.split = state.current.split, None
     outputs = [output]
     for region, samples in list(groups.items())[1:]:
-        group_args, group_kwargs = pick_samples(model, state, samples, args, kwargs)
+        group_args, group_kwargs = _run_later_hooks(model, *pick_samples(model, state, samples, args, kwargs))
         with pin_region(state, region):
             outputs.append(model.forward(*group_args, **group_kwargs))
     place = torch.argsort(torch.cat(list(groups.values())))
@@ -241,6 +241,20 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         return torch.cat(parts, dim=axis).index_select(axis, place.to(parts[0].device))
 
     return pytree.tree_map(join, *outputs)
+
+
+def _run_later_hooks(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call as it leaves the pre-hooks that come after ours, which torch runs for the first group alone."""
+    hooks = list(model._forward_pre_hooks.items())
+    ours = next(place for place, (_, hook) in enumerate(hooks) if hook is _enter)
+    for key, hook in hooks[ours + 1 :]:
+        if key in model._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(model, args, kwargs) or (args, kwargs)
+        elif (changed := hook(model, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
 
 
 def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -267,7 +281,7 @@ def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Modu
 def pick_samples(
     model: nn.Module, state: ModelRouting, samples: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call for some samples of the batch."""
+    """The call for some samples of the batch, in the form in which it was written: hooks look at that."""
     axes = state.plan.input_batch_axes
     names = positional_names(type(model).forward)
     bound = bind_arguments(names, args, kwargs)
@@ -287,4 +301,4 @@ def pick_samples(
     def pick(path: Any, leaf: Any) -> Any:
         return leaf.index_select(axes[path], samples.to(leaf.device)) if path in axes and leaf is not None else leaf
 
-    return unbind_arguments(names, map_leaves(pick, bound))
+    return unbind_as(names, map_leaves(pick, bound), args, kwargs)

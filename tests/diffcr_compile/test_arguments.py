@@ -17,6 +17,7 @@ from diffcr_compile.arguments import (
     positional_names,
     signature_of,
     unbind_arguments,
+    unbind_as,
 )
 
 
@@ -46,6 +47,7 @@ def test_unbinding_gives_the_same_call(args: list[int], kwargs: dict[str, int]) 
     again_args, again_kwargs = unbind_arguments(NAMES, bound)
     assert call(*again_args, **again_kwargs) == call(*args, **kwargs)
     assert bind_arguments(NAMES, again_args, again_kwargs) == bound
+    assert unbind_as(NAMES, bound, tuple(args), kwargs) == (tuple(args), kwargs)
 
 
 def test_one_call_has_one_form_however_it_is_written() -> None:

@@ -128,6 +128,48 @@ def test_hooks_of_the_user_see_the_whole_batch() -> None:
     assert seen == [3]
 
 
+def double(module: TinyDiT, args: Any) -> Any:
+    return (args[0] * 2, *args[1:])
+
+
+def double_one(module: TinyDiT, args: Any) -> Any:
+    """Of a call with one positional argument: its hook may return it bare."""
+    return args[0] * 2
+
+
+def double_keyword(module: TinyDiT, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "x": kwargs["x"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("hook", "num_positional"),
+    [(double, 2), (double, 1), (double_one, 1), (double_keyword, 0)],
+    ids=["all by position", "one by position", "its one argument bare", "by keyword"],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+def test_a_pre_hook_reaches_every_sample_of_a_split_batch(
+    model: TinyDiT, hook: Any, num_positional: int, first: bool
+) -> None:
+    """Whatever it is registered for, and in the form in which the call was written."""
+    given = inputs(10.0, 900.0, 20.0, 600.0)
+    doubled, values = {**given, "x": given["x"] * 2}, tuple(given.values())
+    with torch.no_grad():
+        expected = model(**doubled)
+        model.register_forward_pre_hook(hook, with_kwargs=hook is double_keyword, prepend=first)
+        found = model(*values[:num_positional], **dict(list(given.items())[num_positional:]))
+    assert same_bits(found, expected)
+
+
+def test_a_pre_hook_that_only_looks_changes_nothing(model: TinyDiT) -> None:
+    given, seen = inputs(10.0, 900.0, 20.0), []
+    with torch.no_grad():
+        expected = model(**given)
+        model.register_forward_pre_hook(lambda module, args: None)
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["x"])), with_kwargs=True)
+        assert same_bits(model(**given), expected)
+    assert seen == [2, 1]
+
+
 def test_equal_rows_read_no_timestep(model: TinyDiT) -> None:
     diffcr_compile.set_ratios(model, 0.5)
     assert torch.isfinite(model(**inputs(99999.0, -5.0))).all()
