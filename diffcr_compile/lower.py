@@ -1,9 +1,10 @@
 """``lower``: compile a routed model, so that saved FLOPs become saved time.
 
 Capacities are Python ints, so every graph is static. ``regional``: one graph per (family, k), shared by all layers and run
-from the eager model around them. ``full``: one graph of the whole denoiser per distinct row of the table, and per region where
-routers see the timestep; the region is looked up on the host, outside the graph. Each graph has a code object of its own, since
-Dynamo counts recompilations per code object and falls back to eager without a word when the count is full.
+from the eager model around them. ``full``: one graph of the whole denoiser's forward per distinct row of the table, and per region
+where routers see the timestep; the region is looked up on the host, by the pre-hook that looks it up for the eager model, and other
+hooks run outside the graph too. Each graph has a code object of its own, since Dynamo counts recompilations per code object and
+falls back to eager without a word when the count is full.
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ from torch import Tensor, nn
 from .arguments import bind_arguments, iterate_leaves, positional_names
 from .config import Scope
 from .errors import LoweringError
-from .region import follow_trajectory, pin_region, resolve_regions
-from .routed import STATE, BlockRouting, ModelRouting, Recalled, contexts_are_current, forward_at, router_vector, settle
+from .region import pin_region
+from .routed import (
+    STATE,
+    BlockRouting,
+    ModelRouting,
+    Recalled,
+    contexts_are_current,
+    forward_at,
+    router_vector,
+    routing_of,
+    settle,
+)
 from .settings import setting
 from .unwrap import unwrap
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+_NAME = "diffcr_lowered_forward"
 
 
 def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, **options: Any) -> nn.Module:
@@ -41,7 +53,8 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
 
     A later ``set_ratios`` or ``calibrate`` is followed: new capacities compile when they are first met. Outputs equal the eager
     model's up to Inductor's rounding (1e-5 relative in float32, as for the dense model), as long as no two scores tie.
-    Raises LoweringError for a combination that can't work, NotTransformedError, CaptureError.
+    A ``model.compile()`` of one's own is set aside until ``restore``.
+    Raises LoweringError for a combination that can't work, NotTransformedError, CaptureError. The model is then as it was.
     """
     if scope not in get_args(Scope):
         raise ValueError(f"scope must be one of {', '.join(map(repr, get_args(Scope)))}, found {scope!r}")
@@ -64,10 +77,12 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
         ) from error
     model = unwrap(model)
     state = settle(model)
-    if state.lowered is not None:
-        state.lowered.remove(model)
     chosen = scope if scope != "auto" else ("full" if recorder else "regional")
     lowered = Lowered(chosen, compile_options, clone_outputs=recorder is not None)
+    if chosen == "full":
+        _own_forward(model)
+    if state.lowered is not None:
+        state.lowered.remove(model)
     lowered.install(model)
     state.lowered = lowered
     return model
@@ -85,33 +100,51 @@ def _cuda_graph_option(mode: Mode | None, options: dict[str, Any]) -> str | None
 
 @dataclass(eq=False)
 class Lowered:
-    """What ``lower`` put into a model: how it was asked to compile, and the graphs made so far."""
+    """What ``lower`` put into a model: how it was asked to compile, and the graphs made so far.
+
+    active: whether it is in force. bound: the model has a forward of ours, on the instance or beneath one that others have set
+    since. set_aside: what the user's own ``model.compile()`` made.
+    """
 
     scope: str
     options: dict[str, Any]
     clone_outputs: bool
+    active: bool = False
+    bound: bool = False
+    set_aside: Any = None
     graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     given: dict[Any, object] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lowered:
-        return Lowered(self.scope, self.options, self.clone_outputs)
+        return Lowered(self.scope, self.options, self.clone_outputs, self.active, self.bound)
 
     def install(self, model: nn.Module) -> None:
         """Route the model's (or its blocks') calls through the compiled graphs."""
         state: ModelRouting = model.__dict__[STATE]
-        if self.scope == "full":
-            model._compiled_call_impl = functools.partial(self.run_model, model)  # type: ignore[assignment]
-        else:
+        if self.scope == "regional":
             for block in state.blocks:
                 block.compiled = self.run_block
+        elif not self.bound:
+            model.forward = types.MethodType(_lowered_forward(_own_forward(model)), model)  # type: ignore[method-assign]
+            self.bound = True
+        self.set_aside = vars(model).pop("_compiled_call_impl", None)
+        self.active = True
 
     def remove(self, model: nn.Module) -> None:
-        """Inverse of :meth:`install`; the graphs are kept for another time."""
+        """Inverse of :meth:`install`; the graphs are kept for another time. A forward that someone else has since set on the
+        instance stays: the one below it passes."""
         state: ModelRouting = model.__dict__[STATE]
-        if self.scope == "full":
-            vars(model).pop("_compiled_call_impl", None)
         for block in state.blocks:
             block.compiled = None
+        if _is_lowered(vars(model).get("forward")):
+            base = _own_forward(model)
+            del model.__dict__["forward"]
+            if base is not type(model).forward:
+                model.forward = types.MethodType(base, model)  # type: ignore[method-assign]
+            self.bound = False
+        if self.set_aside is not None:
+            model._compiled_call_impl, self.set_aside = self.set_aside, None
+        self.active = False
 
     def run_block(
         self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
@@ -123,37 +156,40 @@ class Lowered:
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
 
-    def run_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The whole model, by the graph of the row for this timestep; a batch in several regions runs eagerly around them."""
+    def run_model(
+        self, model: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The whole model's forward, by the graph of the row for the region that this call was found to lie in."""
         state: ModelRouting = model.__dict__[STATE]
-        if state.learning or state.dense or state.observers:
-            return model._call_impl(*args, **kwargs)
-        state.sync_with_masters()
-        bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
-        regions = resolve_regions(model, state, bound)
-        if len(set(regions)) > 1:
-            return model._call_impl(*args, **kwargs)
-        row = tuple(block.ratios[regions[0]] for block in state.blocks)
-        follow_trajectory(model, state, bound)
+        region = state.region() if state.needs_region else 0
+        row = state.current.row or tuple(block.ratios[region] for block in state.blocks)
         trajectory = state.current.trajectory
         recalled: dict[int, Recalled] | None = {}
         if trajectory is not None:
+            bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
             shapes = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(bound) if isinstance(leaf, torch.Tensor))
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
-        with pin_region(state, regions[0], row):
-            if recalled is None or not contexts_are_current(model, state, row) or self._is_given_other(state, bound):
-                return model._call_impl(*args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
+        with pin_region(state, region, row):
+            if (
+                recalled is None
+                or not contexts_are_current(model, state, row)
+                or self._is_given_other(model, state, args, kwargs)
+            ):
+                return base(model, *args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
             state.current.recalled = recalled
             first = trajectory is not None and trajectory.first
-            region = regions[0] if state.config.router == "timestep" else None
-            key = (row, region, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
-            output = self._graph(key, _model_body)(model, args, kwargs)
+            seen = region if state.config.router == "timestep" else None
+            key = (row, seen, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
+            output = self._graph(key, _model_body)(base, model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 
-    def _is_given_other(self, state: ModelRouting, bound: dict[str, Any]) -> bool:
+    def _is_given_other(
+        self, model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
         """Whether a call holds other values beside its tensors than the last one, which rewritten graphs hold."""
         if state.config.context == "kept":
             return False
+        bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
         before, self.given = self.given or _settings(state.example_inputs), _settings(bound)
         return before != self.given
 
@@ -175,8 +211,41 @@ def _block_body(
     return forward_at(module, ratio, args, kwargs, recalled, vector)
 
 
-def _model_body(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model._call_impl(*args, **kwargs)
+def _model_body(base: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return base(model, *args, **kwargs)
+
+
+@functools.cache
+def _lowered_forward(base: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward to bind on a model whose own is ``base``: by graphs where they are in force, and not to be looked into."""
+
+    @functools.wraps(base)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: ModelRouting | None = routing_of(self)
+        lowered = None if state is None or torch.compiler.is_compiling() else state.lowered
+        if lowered is None or not lowered.active or lowered.scope != "full":
+            return base(self, *args, **kwargs)
+        if state.learning or state.dense or state.observers:  # type: ignore[union-attr]
+            return base(self, *args, **kwargs)
+        return lowered.run_model(self, base, args, kwargs)
+
+    forward.__name__ = _NAME  # as in routed_forward
+    return forward
+
+
+def _is_lowered(forward: Any) -> bool:
+    return getattr(getattr(forward, "__func__", None), "__name__", None) == _NAME
+
+
+def _own_forward(model: nn.Module) -> Callable[..., Any]:
+    """The function that is the model's forward without ours. Raises LoweringError where others have put theirs around it."""
+    forward = vars(model).get("forward", types.MethodType(type(model).forward, model))
+    if getattr(forward, "__self__", None) is not model:
+        raise LoweringError(
+            f"{type(model).__name__} has a forward set on the instance (by offload, casting or cache hooks), which no graph of the "
+            "whole model can hold. Call lower first and add them afterwards, or use scope='regional'."
+        )
+    return forward.__func__.__wrapped__ if _is_lowered(forward) else forward.__func__
 
 
 def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -145,15 +146,45 @@ def test_masters_that_a_trainer_moved_are_followed(scope: str) -> None:
 
 @pytest.mark.parametrize("scope", ["full", "regional"])
 def test_a_batch_in_several_regions(scope: str) -> None:
-    eager, model, _ = lowered(TABLE, scope)
+    eager, model, counter = lowered(TABLE, scope)
     inputs = tiny_inputs(PLAIN, timestep=torch.tensor([10.0, 900.0, 600.0]))
     with torch.no_grad():
         assert same_bits(model(**inputs), eager(**inputs))
+    assert counter.frame_count >= 3
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_the_timestep_is_read_after_the_same_hooks_as_eagerly(scope: str, first: bool) -> None:
+    """A pre-hook moves the last sample to another region: seen where it runs before ours, in a model lowered whole too."""
+    eager, model, counter = lowered(TABLE, scope)
+
+    def hook(module: TinyDiT, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "timestep": kwargs["timestep"] * torch.tensor([1.0, 1.0, 30.0])}
+
+    for one in (eager, model):
+        one.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+    assert same_bits(run(model, 30.0), run(eager, 30.0))
+    assert counter.frame_count > 0
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_hooks_that_no_graph_can_hold(scope: str) -> None:
+    eager, model, _ = lowered(TABLE, scope)
+    seen: list[float] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["x"].sum().item()), with_kwargs=True
+    )
+    model.register_forward_hook(lambda module, args, output: seen.append(output.sum().item()))
+    assert same_bits(run(model), run(eager))
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("scope", ["full", "regional"])
 def test_restore_takes_it_back(scope: str) -> None:
     _, model, _ = lowered(TABLE, scope)
+    signature = inspect.signature(original(PLAIN).forward)
+    assert inspect.signature(model.forward) == signature
     run(model)
     diffcr_compile.restore(model)
     assert same_snapshot(snapshot(model), snapshot(original(PLAIN)))
@@ -198,13 +229,85 @@ def test_lowering_again_changes_the_scope() -> None:
     assert second.frame_count > 0
 
 
-def test_a_copy_compiles_for_itself() -> None:
-    eager, model, _ = lowered(TABLE, "full")
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_a_copy_compiles_for_itself(scope: str) -> None:
+    eager, model, counter = lowered(TABLE, scope)
     other = copy.deepcopy(model)
     diffcr_compile.set_ratios(other, 0.9)
     assert same_bits(run(model), run(eager))
+    graphs = counter.frame_count
     diffcr_compile.set_ratios(eager, 0.9)
     assert same_bits(run(other), run(eager))
+    assert counter.frame_count > graphs
+    diffcr_compile.restore(other)
+    assert same_snapshot(snapshot(other), snapshot(original(PLAIN)))
+    assert same_bits(run(other), run(original(PLAIN)))
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_a_compilation_of_the_users_own_is_set_aside(scope: str) -> None:
+    theirs = eager_backend()
+    model = original(PLAIN)
+    model.compile(backend=theirs)
+    mine = vars(model)["_compiled_call_impl"]
+    diffcr_compile.transform(model, example_inputs=tiny_inputs(PLAIN))
+    for again in (scope, scope, "regional"):
+        diffcr_compile.lower(model, scope=again, backend="eager")  # type: ignore[arg-type]
+        assert same_bits(run(model), run(original(PLAIN)))
+    assert theirs.frame_count == 0
+    diffcr_compile.restore(model)
+    assert vars(model)["_compiled_call_impl"] is mine
+
+
+class Wrapper:
+    """What offload and cache hooks do: a forward set on the instance, around the one that was there, and taken off again."""
+
+    def __init__(self, model: TinyDiT) -> None:
+        self.model, self.inner, self.num_calls = model, model.forward, 0
+        model.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.num_calls += 1
+        return self.inner(*args, **kwargs)
+
+    def take_off(self) -> None:
+        self.model.forward = self.inner  # type: ignore[method-assign]
+
+
+def test_a_forward_that_was_set_after_lower() -> None:
+    eager, model, counter = lowered(TABLE, "full")
+    wrapper = Wrapper(model)
+    for off in (False, True):
+        graphs = counter.frame_count
+        assert same_bits(run(model, STEPS[2 * off]), run(eager, STEPS[2 * off]))
+        assert counter.frame_count > graphs
+        state = model.__dict__["_diffcr"]
+        state.lowered.remove(model)  # as calibrate does for a time
+        graphs = counter.frame_count
+        assert same_bits(run(model, 900.0), run(eager, 900.0))
+        assert counter.frame_count == graphs
+        state.lowered.install(model)
+        if not off:
+            assert model.forward is wrapper
+            wrapper.take_off()
+    again = Wrapper(model)
+    diffcr_compile.restore(model)
+    assert model.forward is again
+    again.take_off()  # and ours comes back, which passes
+    assert same_bits(run(model), run(original(PLAIN)))
+
+
+def test_a_forward_that_was_set_before_lower_is_refused() -> None:
+    eager, model, _ = lowered(TABLE, "regional")
+    wrapper = Wrapper(model)
+    with pytest.raises(
+        diffcr_compile.LoweringError, match=r"TinyDiT has a forward set on the instance .* Call lower first"
+    ):
+        diffcr_compile.lower(model, scope="full", backend="eager")
+    wrapper.take_off()
+    counter = model.__dict__["_diffcr"].lowered.options["backend"]
+    assert same_bits(run(model), run(eager))
+    assert counter.frame_count > 0, "it stayed as it was"
 
 
 def test_plain_torch_compile_takes_a_transformed_model_whole() -> None:
