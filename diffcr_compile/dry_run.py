@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from .arguments import Path, map_leaves
+from .eager import force_eager
 from .errors import CaptureError
 
 
@@ -95,8 +96,7 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if leaf.is_meta and devices else leaf
 
     unfused = _Unfused() if watched else contextlib.nullcontext()
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext(), unfused:
+    with force_eager(), torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext(), unfused:
         if fake:
             _gather_on(device, model)
         yield convert

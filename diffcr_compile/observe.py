@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import Path, bind_arguments, map_leaves, positional_names
+from .eager import force_eager
 from .recording import Recording
 from .region import region_of, timestep_value
 from .routed import routing_of, settle
@@ -49,7 +50,7 @@ def record(
             if choice is None or choice.admits(batches, bound):
                 batches.append(map_leaves(_to_cpu, bound))
 
-    with _eagerly(model):
+    with force_eager():
         handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         try:
             yield batches
@@ -118,27 +119,12 @@ def trace(model: nn.Module) -> Iterator[Trace]:
         if threading.get_ident() == thread:
             seen.kept[fqn].append(kept.detach().cpu())
 
-    with _eagerly(model):
+    with force_eager():
         state.observers.append(observe)
         try:
             yield seen
         finally:
             state.observers.remove(observe)
-
-
-@contextlib.contextmanager
-def _eagerly(model: nn.Module) -> Iterator[None]:
-    """Without what ``lower`` put in place, for the time being."""
-    state = routing_of(model)
-    lowered = None if state is None else state.lowered
-    if lowered is not None:
-        lowered.remove(model)
-    with torch.compiler.set_stance("force_eager"):
-        try:
-            yield
-        finally:
-            if lowered is not None:
-                lowered.install(model)
 
 
 def _to_cpu(_: Path, leaf: Any) -> Any:

@@ -211,6 +211,32 @@ def test_trace_and_record_run_eagerly(scope: str) -> None:
     assert counter.frame_count > 0
 
 
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_restore_inside_trace(scope: str) -> None:
+    _, model, _ = lowered(TABLE, scope)
+    with diffcr_compile.trace(model):
+        diffcr_compile.restore(model)
+    assert same_snapshot(snapshot(model), snapshot(original(PLAIN)))
+    assert same_bits(run(model), run(original(PLAIN)))
+
+
+@pytest.mark.parametrize("watch", [diffcr_compile.trace, diffcr_compile.record])
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_lowering_again_while_it_is_watched(scope: str, watch: Any) -> None:
+    """The new lowering is in force afterwards, and it alone."""
+    eager, model, before = lowered(TABLE, "regional" if scope == "full" else "full")
+    counter = eager_backend()
+    with watch(model):
+        diffcr_compile.lower(model, scope=scope, backend=counter)  # type: ignore[arg-type]
+        assert same_bits(run(model), run(eager))
+    assert counter.frame_count == 0
+    assert same_bits(run(model), run(eager))
+    assert counter.frame_count > 0
+    assert before.frame_count == 0
+    diffcr_compile.restore(model)
+    assert same_snapshot(snapshot(model), snapshot(original(PLAIN)))
+
+
 def test_calibrate_learns_eagerly_and_stays_lowered() -> None:
     _, model, counter = lowered(0.0, "regional")
     config = diffcr_compile.CalibrationConfig(steps=3, trainable="routers")
