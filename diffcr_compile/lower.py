@@ -1,10 +1,10 @@
 """``lower``: compile a routed model, so that saved FLOPs become saved time.
 
-Capacities are Python ints, so every graph is static. ``regional``: one graph per (family, k), shared by all layers and run
-from the eager model around them. ``full``: one graph of the whole denoiser's forward per distinct row of the table, and per region
-where routers see the timestep; the region is looked up on the host, by the pre-hook that looks it up for the eager model, and other
-hooks run outside the graph too. Each graph has a code object of its own, since Dynamo counts recompilations per code object and
-falls back to eager without a word when the count is full.
+Capacities are Python ints, so every graph is static, and each size of the inputs has its own. ``regional``: one graph per
+(family, k), shared by all layers and run from the eager model around them. ``full``: one graph of the whole denoiser's forward per
+distinct row of the table, and per region where routers see the timestep; the region is looked up on the host, by the pre-hook that
+looks it up for the eager model, and other hooks run outside the graph too. Each graph has a code object of its own, since Dynamo
+counts recompilations per code object and falls back to eager without a word when the count is full.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
     mode: as in torch.compile. options: further arguments of torch.compile (``backend``, ``options``); what it refuses is refused
         here, before anything changes.
 
-    A later ``set_ratios`` or ``calibrate`` is followed: new capacities compile when they are first met. Outputs equal the eager
-    model's up to Inductor's rounding (1e-5 relative in float32, as for the dense model), as long as no two scores tie.
-    A ``model.compile()`` of one's own is set aside until ``restore``.
+    A later ``set_ratios`` or ``calibrate`` is followed: new capacities compile when they are first met, and so does every new size
+    of the inputs. Outputs equal the eager model's up to Inductor's rounding (1e-5 relative in float32, as for the dense model), as
+    long as no two scores tie. A ``model.compile()`` of one's own is set aside until ``restore``.
     Raises LoweringError for a combination that can't work, NotTransformedError, CaptureError. The model is then as it was.
     """
     if scope not in get_args(Scope):
@@ -152,7 +152,8 @@ class Lowered:
         """One block, by the graph of its family at this ratio."""
         routing: BlockRouting = module.__dict__[STATE]
         programs = tuple(id(program) for program in routing.programs.values())
-        key = (programs, ratio, id(routing.context), recalled is None, recalled is not None and recalled[1])
+        memory = (recalled is None, recalled is not None and recalled[1])
+        key = (programs, ratio, id(routing.context), memory, _shapes((args, kwargs)))
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
 
@@ -164,10 +165,9 @@ class Lowered:
         region = state.region() if state.needs_region else 0
         row = state.current.row or tuple(block.ratios[region] for block in state.blocks)
         trajectory = state.current.trajectory
+        shapes = _shapes(bind_arguments(positional_names(type(model).forward), args, kwargs))
         recalled: dict[int, Recalled] | None = {}
         if trajectory is not None:
-            bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
-            shapes = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(bound) if isinstance(leaf, torch.Tensor))
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
         with pin_region(state, region, row):
             if (
@@ -179,7 +179,7 @@ class Lowered:
             state.current.recalled = recalled
             first = trajectory is not None and trajectory.first
             seen = region if state.config.router == "timestep" else None
-            key = (row, seen, first, trajectory is None, tuple(id(block.context) for block in state.blocks))
+            key = (row, seen, first, trajectory is None, tuple(id(block.context) for block in state.blocks), shapes)
             output = self._graph(key, _model_body)(base, model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 
@@ -198,6 +198,10 @@ class Lowered:
         if graph is None:
             graph = self.graphs[key] = torch.compile(_own_code(body, len(self.graphs)), **self.options)
         return graph
+
+
+def _shapes(call: Any) -> tuple[torch.Size, ...]:
+    return tuple(leaf.shape for _, leaf in iterate_leaves(call) if isinstance(leaf, Tensor))
 
 
 def _block_body(

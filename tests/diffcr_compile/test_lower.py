@@ -119,6 +119,16 @@ def test_where_cuda_graphs_are_recorded_the_whole_model_is_compiled_and_outputs_
 
 
 @pytest.mark.parametrize("scope", ["full", "regional"])
+def test_many_sizes_stay_compiled(scope: str) -> None:
+    """More than Dynamo's limit of 8 recompilations of one code object; a size that was met before compiles nothing."""
+    eager, model, counter = lowered(0.5, scope)
+    for _ in range(2):
+        for num_tokens in range(10, 20):
+            assert same_bits(run(model, num_tokens=num_tokens), run(eager, num_tokens=num_tokens))
+    assert counter.frame_count == 10
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
 def test_a_new_table_is_followed(scope: str) -> None:
     eager, model, counter = lowered(0.2, scope)
     run(model)
