@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from ..errors import ArtefactError
+from ..files import record_checksum, write_files
 from ..routed import ROUTER
 from ..sharding import whole
 from .processes import of_all_processes, rank
@@ -89,7 +89,7 @@ class Checkpoint:
         self.path.mkdir(parents=True, exist_ok=True)
         name = f"step-{progress['step']:06d}.safetensors"
         data = save_safetensors(_on_cpu(tensors))
-        _replace(self.path / name, data)
+        write_files({self.path / name: data})
         record = {
             "type": TYPE,
             "version": VERSION,
@@ -100,7 +100,7 @@ class Checkpoint:
             "targets": self.targets,
         }
         record["checksum"] = record_checksum(record)
-        _replace(self.path / _JSON, json.dumps(record, indent=1).encode())
+        write_files({self.path / _JSON: json.dumps(record, indent=1).encode()})
         for old in self.path.glob("step-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ class Checkpoint:
         self.path.mkdir(parents=True, exist_ok=True)
         tensors = {f"{batch}.{place}": tensor for batch, row in enumerate(targets) for place, tensor in enumerate(row)}
         data = save_safetensors(_on_cpu(tensors))
-        _replace(self.path / f"targets-{rank()}.safetensors", data)
+        write_files({self.path / f"targets-{rank()}.safetensors": data})
         self.targets = of_all_processes(hashlib.sha256(data).hexdigest())
 
     def _is_ours(self) -> bool:
@@ -172,23 +172,5 @@ def _sample(tensor: Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def record_checksum(record: dict[str, Any]) -> str:
-    """SHA-256 of a record without its checksum."""
-    text = json.dumps({key: value for key, value in record.items() if key != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _replace(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -4,20 +4,21 @@
     routers.safetensors  one float vector per block, or one per block and timestep region
     report.json          of the calibration, if there was one: read by ``CalibrationReport.load``
 
-``load`` needs no inputs: it writes the programs from the stored plan. The fingerprint ties the plan to the model's classes
-and parameter shapes.
+The record decides: it is moved into place when the routers that it names by their hash are there, under a name that ends with it;
+then they are moved too. ``load`` needs no inputs: it writes the programs from the stored plan. The fingerprint ties the plan to the
+model's classes and parameter shapes.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from torch import Tensor, nn
 from .arguments import is_record, record_fields
 from .config import DiffCRConfig
 from .errors import AlreadyTransformedError, ArtefactError
+from .files import record_checksum, write_files
 from .fingerprint import fingerprint
 from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE
 from .routed import ModelRouting, router_weight, routing_of, settle
+from .sharding import is_sharded, whole
 from .table import write_table
 from .transform import attach, restore
 from .unwrap import unwrap
@@ -50,18 +53,19 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overflow
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a transformed model's routing to the directory ``path``: plan, table and routers, not the model's weights.
 
-    Written beside it and moved into place, so that a failure leaves what was there. Raises NotTransformedError, CaptureError
-    (blocks not looked for yet), ArtefactError where ``path`` exists and is no such directory.
+    A routing that was there is replaced, in one step: a failure leaves it, or the new one. Other files there are let be. Of a model
+    that FSDP2 has sharded all processes must save; the first one writes. Raises NotTransformedError, CaptureError (blocks not
+    looked for yet), ArtefactError where ``path`` exists and is no such directory.
     """
     model = unwrap(model)
     state = settle(model)
-    target = Path(path)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / _JSON).is_file())):
+    target = Path(path).resolve()
+    if target.exists() and not (target.is_dir() and _is_ours(target)):
         raise ArtefactError(f"{target} exists and is no saved routing; expected a new path, or one written by save.")
-    routers = {
-        block.fqn: router_weight(model.get_submodule(block.fqn)).detach().cpu().contiguous() for block in state.blocks
-    }
-    tensors = save_safetensors(routers)
+    weights = {block.fqn: whole(router_weight(model.get_submodule(block.fqn)).detach()) for block in state.blocks}
+    if is_sharded(model) and torch.distributed.get_rank() != 0:
+        return
+    tensors = save_safetensors({fqn: weight.cpu().contiguous() for fqn, weight in weights.items()})
     record = {
         "type": TYPE,
         "version": VERSION,
@@ -74,16 +78,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     record["checksum"] = record_checksum(record)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        (fresh / _TENSORS).write_bytes(tensors)
-        (fresh / _JSON).write_text(json.dumps(record, indent=1))
-        if state.report is not None:
-            (fresh / _REPORT).write_text(json.dumps(state.report, indent=1))
-        _replace_directory(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    incoming = _incoming(target, record["sha256"])
+    contents = {incoming: tensors, target / _JSON: json.dumps(record, indent=1).encode()}
+    if state.report is not None:
+        contents = {target / _REPORT: json.dumps(state.report, indent=1).encode(), **contents}
+    target.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        write_files(contents)
+        os.replace(incoming, target / _TENSORS)
+        if state.report is None:
+            (target / _REPORT).unlink(missing_ok=True)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -122,49 +126,47 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             for block in state.blocks:
                 router_weight(model.get_submodule(block.fqn)).copy_(tensors[block.fqn])
         write_table(state, table)
-        state.trained, state.trend = trained, trend
+        state.trained, state.trend, state.report = trained, trend, _read_report(source)
     except Exception:
         restore(model)
         raise
     return model
 
 
-def record_checksum(record: dict[str, Any]) -> str:
-    """SHA-256 of a record without its checksum."""
-    text = json.dumps({key: value for key, value in record.items() if key != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _replace_directory(fresh: Path, target: Path) -> None:
-    """Put ``fresh`` in the place of ``target``: in one step where the file system can exchange the two, so that there is always a
-    routing there; else what was there is moved aside first and brought back on failure."""
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    if _exchange(fresh, target):
-        return  # save removes what is now at ``fresh``
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
-    os.rename(target, aside)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One save at a time, where the file system can lock a folder; a process that ends lets go of it."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.rename(fresh, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+        os.close(handle)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step (Linux, ``renameat2``); False where that can't be done."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+def _is_ours(target: Path) -> bool:
+    """Whether a folder is a saved routing, or empty but for what a save that was killed has left."""
+    names = [entry.name for entry in target.iterdir()]
+    left = [name for name in names if name.startswith(".") and any(own in name for own in (_JSON, _TENSORS, _REPORT))]
+    return (target / _JSON).is_file() or len(left) == len(names)
+
+
+def _incoming(folder: Path, digest: Any) -> Path:
+    """Where the routers with this hash lie until the record that names them is in place."""
+    return folder / f".{_TENSORS}.{digest}"
+
+
+def _tensors_file(source: Path, record: dict[str, Any]) -> Path:
+    """The routers that the record names: still incoming where a save was killed when all but their place was right."""
+    digest = str(record.get("sha256"))
+    return _incoming(source, digest) if digest.isalnum() and _incoming(source, digest).is_file() else source / _TENSORS
 
 
 def _read_record(source: Path) -> dict[str, Any]:
     file = source / _JSON
-    if not file.is_file() or not (source / _TENSORS).is_file():
-        raise ArtefactError(f"{source} holds no saved routing; expected the files {_JSON} and {_TENSORS} there.")
+    if not file.is_file():
+        raise ArtefactError(_missing(source))
     if file.stat().st_size > _LARGEST_JSON_BYTES:
         raise ArtefactError(
             f"{file} is {file.stat().st_size} bytes long; no routing is longer than {_LARGEST_JSON_BYTES}."
@@ -185,9 +187,15 @@ def _read_record(source: Path) -> dict[str, Any]:
     return record
 
 
+def _missing(source: Path) -> str:
+    return f"{source} holds no saved routing; expected the files {_JSON} and {_TENSORS} there."
+
+
 def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan, config: DiffCRConfig) -> dict[str, Tensor]:
     """One router for each block of the plan; no more is read than they take."""
-    file = source / _TENSORS
+    file = _tensors_file(source, record)
+    if not file.is_file():
+        raise ArtefactError(_missing(source))
     widths = {site.fqn: plan.families[site.family].width for site in plan.sites}
     rows = (config.num_regions,) if config.router == "timestep" else ()
     largest = _SLACK_BYTES + sum(8 * math.prod((*rows, width)) + 512 + len(fqn) for fqn, width in widths.items())
@@ -208,6 +216,16 @@ def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan, config:
     if len(tensors) > len(found) or found != {fqn: (*rows, width) for fqn, width in widths.items()}:
         raise ArtefactError(f"{file} does not hold one router of floating numbers for each block of the plan.")
     return tensors
+
+
+def _read_report(source: Path) -> dict[str, Any] | None:
+    """Of the calibration, to be saved again; None where there is none that can be read, which nothing here depends on."""
+    file = source / _REPORT
+    try:
+        report = json.loads(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) else None
 
 
 def _check_table(source: Path, table: Any, trained: Any, trend: float, plan: ModelPlan, config: DiffCRConfig) -> None:

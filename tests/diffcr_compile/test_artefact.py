@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,105 @@ def test_saving_again_replaces(model: TinyDiT, saved: Path) -> None:
     other = diffcr_compile.load(original(SHAPE), saved)
     assert torch.equal(diffcr_compile.ratios(other), torch.full((4, 2), 0.9))
     assert [path.name for path in saved.parent.iterdir()] == ["routing"]
+
+
+def test_saving_again_leaves_other_files_alone(model: TinyDiT, saved: Path) -> None:
+    (saved / "model").mkdir()
+    (saved / "model" / "weights.safetensors").write_text("hours of training")
+    (saved / "report.png").write_text("a picture")
+    diffcr_compile.set_ratios(model, 0.9)
+    diffcr_compile.save(model, saved)
+    assert (saved / "model" / "weights.safetensors").read_text() == "hours of training"
+    assert (saved / "report.png").read_text() == "a picture"
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "model",
+        "report.png",
+        "routers.safetensors",
+        "routing.json",
+    ]
+    assert torch.equal(diffcr_compile.ratios(diffcr_compile.load(original(SHAPE), saved)), torch.full((4, 2), 0.9))
+
+
+def test_a_save_that_fails_leaves_what_was_there(model: TinyDiT, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    diffcr_compile.set_ratios(model, 0.9)
+    with torch.no_grad():
+        model.blocks[0].diffcr_router.weight.zero_()
+    write = Path.write_bytes
+
+    def write_or_fail(self: Path, data: bytes) -> int:
+        if "routing.json" in self.name:
+            write(self, data[:50])
+            raise OSError("no space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_or_fail)
+    with pytest.raises(OSError, match="no space"):
+        diffcr_compile.save(model, saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_first_save_that_was_killed_hinders_no_other(model: TinyDiT, saved: Path) -> None:
+    (saved / "routing.json").rename(saved / ".routing.json.0123")
+    (saved / "routers.safetensors").rename(saved / "..routers.safetensors.0123.4567")
+    diffcr_compile.save(model, saved)
+    assert diffcr_compile.load(original(SHAPE), saved)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_the_umask_is_honoured(model: TinyDiT, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        diffcr_compile.save(model, tmp_path / "new" / "routing")
+    finally:
+        os.umask(before)
+    folders, files = [tmp_path / "new", tmp_path / "new" / "routing"], list((tmp_path / "new" / "routing").iterdir())
+    assert [mode(path) for path in folders] == [0o777 & ~umask] * 2
+    assert [mode(path) for path in files] == [0o666 & ~umask] * 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(model: TinyDiT, tmp_path: Path, there: bool) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    if there:
+        (tmp_path / "real").mkdir()
+    diffcr_compile.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == ["routers.safetensors", "routing.json"]
+
+
+def test_the_working_directory_is_a_place(model: TinyDiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        diffcr_compile.save(model, ".")
+    assert same_bits(diffcr_compile.load(original(SHAPE), ".")(**INPUTS), model(**INPUTS))
+
+
+def test_the_report_comes_and_goes_with_its_calibration(model: TinyDiT, tmp_path: Path) -> None:
+    """A routing that was loaded is saved with its report; one without a report leaves none of another routing's."""
+    config = diffcr_compile.CalibrationConfig(steps=2, trainable="routers")
+    diffcr_compile.calibrate(model, [INPUTS], budget=0.8, config=config)
+    diffcr_compile.save(model, tmp_path / "routing")
+    report = (tmp_path / "routing" / "report.json").read_text()
+    other = diffcr_compile.load(original(SHAPE), tmp_path / "routing")
+    for target in ("routing", "elsewhere"):
+        diffcr_compile.save(other, tmp_path / target)
+        assert (tmp_path / target / "report.json").read_text() == report
+    diffcr_compile.save(routed(SHAPE), tmp_path / "routing")
+    assert not (tmp_path / "routing" / "report.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_damaged_report_hinders_no_load(saved: Path, text: str) -> None:
+    (saved / "report.json").write_text(text)
+    other = diffcr_compile.load(original(SHAPE), saved)
+    diffcr_compile.save(other, saved)
+    assert not (saved / "report.json").exists()
 
 
 def test_save_touches_nothing_of_anothers(model: TinyDiT, tmp_path: Path) -> None:

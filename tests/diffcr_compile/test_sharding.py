@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as distributed
-from models import Shape, routed, tiny_inputs
+from models import Shape, original, routed, tiny_inputs
 from torch import nn
 
 import diffcr_compile
@@ -96,3 +96,20 @@ def test_a_model_sharded_before_it_was_measured_says_what_to_do(mesh: Any) -> No
     model.__dict__["_diffcr"].costs = None
     with pytest.raises(CaptureError, match="Before fully_shard, call"):
         diffcr_compile.cost(model, tiny_inputs(shape))
+
+
+def test_a_sharded_model_is_saved(mesh: Any, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, inputs = routed(shape), tiny_inputs(shape)
+    expected = model(**inputs)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert is_shard(model.blocks[0].diffcr_router.weight)
+    diffcr_compile.save(model, tmp_path / "routing")
+    loaded = diffcr_compile.load(original(shape), tmp_path / "routing")
+    assert torch.equal(loaded(**inputs), expected)
+    for one, other in zip(loaded.blocks, routed(shape).blocks, strict=True):
+        assert torch.equal(one.diffcr_router.weight, other.diffcr_router.weight)

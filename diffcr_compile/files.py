@@ -1,0 +1,30 @@
+"""Files that are there whole or not at all, and records that tell whether they were changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write_files(contents: dict[Path, bytes]) -> None:
+    """Write files, each whole or not at all, with the permissions that the umask gives. All are written beside their places before
+    the first is moved there, in order: a disk that is full leaves everything as it was."""
+    fresh = {file: file.with_name(f".{file.name}.{uuid.uuid4().hex}") for file in contents}
+    try:
+        for file, data in contents.items():
+            fresh[file].write_bytes(data)
+        for file, written in fresh.items():
+            os.replace(written, file)
+    finally:
+        for written in fresh.values():
+            written.unlink(missing_ok=True)
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its checksum."""
+    text = json.dumps({key: value for key, value in record.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
