@@ -151,7 +151,8 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
     if current.trajectory is None:
         current.trajectory = Trajectory()
     current.trajectory.trend = state.trend
-    current.trajectory.advance(timestep_value(bound, timestep, model), latent_grid(bound))
+    given = {path: leaf for path, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)}
+    current.trajectory.advance(timestep_value(bound, timestep, model), latent_grid(bound), given)
 
 
 def latent_grid(bound: dict[str, Any]) -> tuple[int, ...]:
@@ -163,7 +164,8 @@ def latent_grid(bound: dict[str, Any]) -> tuple[int, ...]:
 def reset(model: nn.Module) -> None:
     """With ``skip="reuse"``: the next forward of this thread begins a new trajectory, and its first step is dense; what was
     remembered is freed. Trajectories are noticed by themselves: needed only to free memory, or where one begins at or below the
-    timestep that another ended with (image to image at low strength after a picture of few steps).
+    timestep that another ended with (image to image at low strength after a picture of few steps) and is given the very tensors,
+    its latents apart, that the other was given (pipelines make some anew).
 
     Raises NotTransformedError, CaptureError.
     """

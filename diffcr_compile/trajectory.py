@@ -1,13 +1,16 @@
-"""Sampling trajectories, noticed from the timesteps alone: which forward continues which.
+"""Sampling trajectories, noticed from the timesteps: which forward continues which.
 
 Under ``skip="reuse"`` a forward may only take up updates of the same trajectory. One step after the other goes towards the
 data; several calls at one timestep (guidance in two calls, a corrector) are told apart by their order, each in a *slot* with a
-memory of its own. A timestep that turns back, or more calls at one timestep than there are slots, begins a new trajectory.
+memory of its own. A timestep that turns back, or more calls at one timestep than there are slots, begins a new trajectory; so does
+another tensor in the place of one that every step so far was given (a prompt's embedding, a table of positions).
 """
 
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import Path
 from .config import DiffCRConfig
 from .errors import UnsupportedError
 from .memory import Memory, allocate, fits, writable
@@ -43,24 +47,35 @@ class Trajectory:
     fills: bool = False
     ranks: dict[Any, Tensor] = field(default_factory=dict)
     _values: tuple[float, ...] = ()
+    _given: dict[Path, weakref.ref[Tensor]] = field(default_factory=dict)
+    _num_steps: int = 0
     _direction: int = 0
     _rose: bool = False
     _recalled: set[tuple[int, int]] = field(default_factory=set)
     _shapes: dict[int, Any] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
 
-    def advance(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
-        """A forward at this timestep (a number, one value, or one per sample) on latents of this size begins. The host reads it."""
+    def advance(
+        self, timestep: Tensor | float, grid: tuple[int, ...], given: Mapping[Path, Tensor] | None = None
+    ) -> None:
+        """A forward at this timestep (a number, one value, or one per sample) on latents of this size begins, ``given`` these
+        tensors. The host reads the timestep."""
         self._arrive(timestep, grid)
+        given = given or {}
         before, values = self._values, tuple(self.now.tolist())
         direction = _direction(before, values)
+        changed = [path for path, tensor in self._given.items() if path in given and tensor() is not given[path]]
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
             self.slot += 1
-        elif self._continues(direction):
+        elif self._continues(direction) and not (changed and self._num_steps > 1):
             self._direction, self.slot = direction, 0
+            self._num_steps += 1
+            for path in changed:  # latents: new at the second step, and so at every one
+                del self._given[path]
         else:
             self._rose = direction == 1 and self._direction == 0
             self._direction, self.slot = 0, 0
+            self._num_steps, self._given = 1, {path: weakref.ref(tensor) for path, tensor in given.items()}
             self._started.clear()
         if self.slot == 0:  # a step is one of first calls: others at a timestep may have another batch size
             self._values = values

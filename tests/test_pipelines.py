@@ -286,10 +286,6 @@ def test_trajectory_begins_after_a_call_of_one_step() -> None:
     assert torch.equal(draw(name, model, **full), draw(name, reusing(name, 0.5), **full))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="timesteps alone do not tell a call that begins below the last one's end from its next step (reset does)",
-)
 def test_trajectory_begins_below_the_end_of_another() -> None:
     name, weak = "flux img2img", {"strength": 0.2, "num_inference_steps": 20}
     model = reusing(name, 0.5)

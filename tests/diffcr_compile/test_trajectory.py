@@ -1,10 +1,11 @@
-"""Trajectories are noticed from timesteps alone, and the order in which tokens take turns covers the picture."""
+"""Trajectories are noticed from timesteps and steady inputs, and the order in which tokens take turns covers the picture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from diffcr_compile.arguments import Path
 from diffcr_compile.trajectory import MAX_SLOTS, Trajectory, interleaved_rank
 
 
@@ -61,6 +62,55 @@ def test_another_batch_size_begins_a_new_one() -> None:
     trajectory.advance(torch.tensor([9.0, 9.0]), ())
     trajectory.advance(torch.tensor([8.0]), ())
     assert trajectory.first
+
+
+def given(*tensors: torch.Tensor) -> dict[Path, torch.Tensor]:
+    return {("latents", place): tensor for place, tensor in enumerate(tensors)}
+
+
+def follow_given(*calls: tuple[float, dict[Path, torch.Tensor]]) -> list[tuple[int, bool]]:
+    trajectory, seen = Trajectory(), []
+    for step, tensors in calls:
+        trajectory.advance(step, (), tensors)
+        seen.append((trajectory.slot, trajectory.first))
+    return seen
+
+
+def test_another_prompt_begins_a_new_one() -> None:
+    """Latents are new tensors at every step, a prompt is one tensor at all of them; lower timesteps may be another picture's."""
+    first, second = torch.zeros(1), torch.zeros(1)
+    steps = ((9.0, first), (6.0, first), (3.0, first), (2.0, second), (1.0, second))
+    seen = follow_given(*((step, given(torch.zeros(1), prompt)) for step, prompt in steps))
+    assert seen == [(0, True), (0, False), (0, False), (0, True), (0, False)]
+
+
+def test_a_prompt_that_is_gone_is_another() -> None:
+    """Its place in memory may have been taken by the next one."""
+    trajectory, prompt = Trajectory(), torch.zeros(1)
+    for step in (9.0, 6.0, 3.0):
+        trajectory.advance(step, (), given(torch.zeros(1), prompt))
+    del prompt
+    trajectory.advance(2.0, (), given(torch.zeros(1), torch.zeros(1)))
+    assert trajectory.first
+
+
+def test_tensors_made_anew_at_every_step_say_nothing() -> None:
+    seen = follow_given(*((step, given(torch.zeros(1))) for step in (9.0, 6.0, 3.0, 1.0)))
+    assert seen == [(0, True), (0, False), (0, False), (0, False)]
+
+
+def test_guidance_in_two_calls_has_a_prompt_in_each_slot() -> None:
+    prompts = torch.zeros(1), torch.zeros(1)
+    seen = follow_given(*((step, given(torch.zeros(1), prompt)) for step in (9.0, 6.0, 3.0) for prompt in prompts))
+    assert seen == [(0, True), (1, True)] + 2 * [(0, False), (1, False)]
+
+
+def test_what_comes_and_goes_says_nothing() -> None:
+    """A control input that is there for some of the steps."""
+    prompt, control = torch.zeros(1), torch.zeros(1)
+    steps = ((9.0, True), (6.0, True), (3.0, False), (1.0, True))
+    seen = follow_given(*((step, given(prompt, *[control] * there)) for step, there in steps))
+    assert seen == [(0, True), (0, False), (0, False), (0, False)]
 
 
 def test_calls_of_another_batch_size_at_one_timestep_have_slots_of_their_own() -> None:
