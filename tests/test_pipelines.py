@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import diffcr_compile
 from diffcr_compile import CalibrationConfig, DiffCRConfig
 
-STEPS, LONG, NUM_REGIONS, CHANNELS = 4, 8, 4, 16
+STEPS, LONG, FIFTY, NUM_REGIONS, CHANNELS = 4, 8, 50, 4, 16
 SUMMATION = 1e-4
 """Relative error, float32, of a model run at another batch size, where products are summed in another order."""
 REUSE = DiffCRConfig(skip="reuse", num_regions=4)
@@ -47,9 +47,11 @@ class Case:
     callback: bool = True
 
 
-def make(name: str, **options: Any) -> Any:
-    """An object of a diffusers class; parameters that start at zero become noise, so that no path is silent."""
-    made = getattr(importlib.import_module("diffusers"), name)(**options)
+def make(name: str, library: str = "diffusers", **options: Any) -> Any:
+    """An object of a diffusers class, or of one of transformers by its configuration; parameters that start at zero become noise,
+    so that no path is silent."""
+    kind = getattr(importlib.import_module(library), name)
+    made = kind(kind.config_class(**options)) if hasattr(kind, "config_class") else kind(**options)
     for parameter in made.eval().parameters() if isinstance(made, nn.Module) else ():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -76,6 +78,11 @@ FLUX = {"name": "FluxTransformer2DModel", **HEADS, **JOINT, "attention_head_dim"
 FLUX |= {"num_single_layers": 2, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)}
 WAN = {"name": "WanTransformer3DModel", **HEADS, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
 WAN |= {"text_dim": 20, "freq_dim": 16, "ffn_dim": 48, "rope_max_seq_len": 32}
+FIRST_FRAME = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}
+EYE = {"library": "transformers", "name": "CLIPVisionModel", "hidden_size": 16, "intermediate_size": 16}
+EYE |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+GLASSES = {"library": "transformers", "name": "CLIPImageProcessor", "do_rescale": False}
+GLASSES |= {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 VAE = {"name": "AutoencoderKL", "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": CHANNELS}
 VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 VAE |= {"shift_factor": 0.1, "scaling_factor": 0.5}
@@ -94,6 +101,9 @@ GUIDED, START, TWICE = {**prompts(1), **SIZE}, {"image": IMAGE, "strength": 0.8}
 CONTROLLED, WIDER = GUIDED | {"control_image": IMAGE}, WIDE | {"control_image": drawn(1, 3, 16, 24).sigmoid()}
 INPAINT = GUIDED | START | {"mask_image": (IMAGE[:, :1] > 0.5).float()}
 FILM = {**TEXT, "height": 32, "width": 48, "num_frames": 5}
+ANIMATED = FILM | {"image": IMAGE}
+ANIMATED |= {key: drawn(1, 512, 20, seed=seed) for seed, key in enumerate(TEXT)}
+"""Wan takes the first 512 tokens for text, and the rest for the image."""
 LABEL, LABELS = {"class_labels": [3]}, {"class_labels": [3, 5]}
 OLD: dict[str, Any] = {"callback": False, "scheduler": {"name": "DDIMScheduler"}}
 FLOW: dict[str, Any] = {"texts": ("", "_2"), "blocks": 4, "high": 1.0}
@@ -109,7 +119,21 @@ CASES = {
     "flux controlnet": Case(
         "FluxControlNetPipeline", FLUX, CONTROLLED | TWICE, WIDER, more=FLUX_CONTROL, calls=2, **FLOW
     ),
+    "flux inpaint": Case("FluxInpaintPipeline", FLUX, INPAINT | TWICE, WIDE, calls=2, **FLOW),
     "wan": Case("WanPipeline", WAN, FILM, {"num_frames": 9}, ("",), UNIPC, FILM_VAE, {}, 12, 18, calls=2),
+    "wan image to video": Case(
+        "WanImageToVideoPipeline",
+        WAN | FIRST_FRAME,
+        ANIMATED,
+        {"num_frames": 9},
+        ("",),
+        UNIPC,
+        FILM_VAE,
+        {"image_encoder": EYE, "image_processor": GLASSES},
+        12,
+        18,
+        calls=2,
+    ),
 }
 every = pytest.mark.parametrize("name", CASES)
 
@@ -183,6 +207,7 @@ def reusing(name: str, values: Any) -> nn.Module:
         "sd3 img2img": "sd3",
         "sd3 inpaint": "sd3",
         "flux img2img": "flux",
+        "flux inpaint": "flux",
     }  # one signature: spares searching the same blocks again
     model = copy.deepcopy(_reusing(shared.get(name, name)))
     diffcr_compile.set_ratios(model, values)
@@ -215,13 +240,19 @@ def test_first_call_finds_the_blocks_and_changes_no_bit(name: str) -> None:
 
 @every
 def test_table_by_region(name: str) -> None:
+    check_table_by_region(name, STEPS)
+
+
+def check_table_by_region(name: str, num_steps: int) -> None:
+    """As many tokens kept, each of them once, and FLOPs saved as the rows of the steps' regions say."""
+    steps = {"num_inference_steps": num_steps}
     table = by_region(name)
-    model, batches = routed(name, table), recorded(name)
+    model, batches = routed(name, table), recorded(name, **steps)
     rows = regions(name, batches)
     assert len(set(rows)) >= 3
     with diffcr_compile.trace(model) as seen:
-        picture = draw(name, model)
-    assert not torch.equal(picture, plain(name))
+        picture = draw(name, model, **steps)
+    assert not torch.equal(picture, plain(name, **steps))
     tokens, ratios = CASES[name].tokens, (table * 1000).round().int().tolist()
     for block, kept in enumerate(seen.kept.values()):
         expected = [tokens - tokens * ratios[row][block] // 1000 for row in rows]
@@ -229,7 +260,7 @@ def test_table_by_region(name: str) -> None:
         assert all(len(set(sample)) == len(sample) for call in kept for sample in call.tolist())
     saved = [diffcr_compile.cost(model).dense_flops - spent for spent in diffcr_compile.cost(model).routed_flops]
     assert min(saved) > 0
-    assert flops(name, original(name)) - flops(name, model) == sum(saved[row] for row in rows)
+    assert flops(name, original(name), **steps) - flops(name, model, **steps) == sum(saved[row] for row in rows)
 
 
 @every
@@ -256,6 +287,22 @@ def test_reuse_without_training(name: str) -> None:
     assert report.share <= 0.7
     assert diffcr_compile.cost(model).share == pytest.approx(report.share)
     assert flops(name, model, num_inference_steps=LONG) < flops(name, original(name), num_inference_steps=LONG)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_fifty_steps(name: str) -> None:
+    """With reuse one trajectory goes through all of them: each call is dense at the first step and at no other."""
+    steps: dict[str, Any] = {"num_inference_steps": FIFTY}
+    dense, case = plain(name, **steps), CASES[name]
+    for options in (routed, reusing):
+        assert torch.equal(draw(name, options(name, 0.0), **steps), dense)
+    check_table_by_region(name, FIFTY)
+    model = reusing(name, 0.5)
+    with diffcr_compile.trace(model) as seen:
+        assert not torch.equal(draw(name, model, **steps), dense)
+    for kept in seen.kept.values():
+        expected = [case.tokens] * case.calls + [case.tokens // 2] * (FIFTY - 1) * case.calls
+        assert [call.shape[1] for call in kept] == expected
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
