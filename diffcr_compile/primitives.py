@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from .arguments import iterate_leaves, map_leaves
 from .errors import UnsupportedError
@@ -130,6 +131,16 @@ def call_block(block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return tuple(_tensors(block(*args, **kwargs)))
 
 
+class OneByOne:
+    """A block that ``torch.vmap`` can't be relied on to take as it now is."""
+
+    def __init__(self, block: Callable[..., Any]) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
 def call_per_sample(
     block: Callable[..., Any],
     args: tuple[Any, ...],
@@ -143,8 +154,14 @@ def call_per_sample(
     ``axes`` gives, for every tensor leaf of (args, kwargs) in order, the axis that runs over samples (None: shared by all);
     ``own_batch`` whether the block itself expects that axis, so that a slice gets it back with size one (a table that was
     gathered per sample has an axis that the block does not know). ``out_axes``: the batch axis of each tensor output.
+
+    One after the other where there is but one sample, and where vmap fails in torch: on symbolic sizes (``dynamic=True``), and on
+    a block that is known to be :class:`OneByOne`.
     """
     mapped = _tensors((args, kwargs))
+    static = all(has_static_value(size) for leaf in mapped for size in leaf.shape)
+    if isinstance(block, OneByOne) or not static or _batch_of(mapped, axes) == 1:
+        return call_in_loop(block, args, kwargs, axes, own_batch, out_axes)
 
     def one_sample(*slices: Tensor) -> tuple[Tensor, ...]:
         values = [
@@ -168,9 +185,8 @@ def call_in_loop(
 ) -> tuple[Tensor, ...]:
     """As :func:`call_per_sample`, one call of the block after the other."""
     mapped = _tensors((args, kwargs))
-    batch = next(leaf.shape[axis] for leaf, axis in zip(mapped, axes, strict=True) if axis is not None)
     columns: list[list[Tensor]] = []
-    for sample in range(batch):
+    for sample in range(_batch_of(mapped, axes)):
         values = [
             leaf if axis is None else (leaf.narrow(axis, sample, 1) if own else leaf.select(axis, sample))
             for leaf, axis, own in zip(mapped, axes, own_batch, strict=True)
@@ -178,6 +194,10 @@ def call_in_loop(
         sample_args, sample_kwargs = _with_tensors((args, kwargs), values)
         columns.append(_tensors(block(*sample_args, **sample_kwargs)))
     return tuple(torch.cat(column, dim=axis) for column, axis in zip(zip(*columns, strict=True), out_axes, strict=True))
+
+
+def _batch_of(mapped: list[Tensor], axes: tuple[int | None, ...]) -> int:
+    return next(leaf.shape[axis] for leaf, axis in zip(mapped, axes, strict=True) if axis is not None)
 
 
 def flat_rows(indices: Tensor, batch: int, num_tokens: int, *, batch_first: bool) -> Tensor:

@@ -24,6 +24,7 @@ from .context import ContextGraph, ContextKey, context_key
 from .errors import CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
 from .plan import BlockPlan, ModelPlan
+from .primitives import OneByOne
 from .ratios import capacity, nearest_bin
 from .router import Router
 from .settings import setting
@@ -457,8 +458,19 @@ def forward_at(
 def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan) -> Callable[..., Any]:
     """What a program calls: the block's own forward, or with context from every token its rewritten graph."""
     if plan.context == "kept":
-        return functools.partial(routing.base, module)
-    return _context_of(routing).bind(module)
+        block: Callable[..., Any] = functools.partial(routing.base, module)
+    else:
+        block = _context_of(routing).bind(module)
+    return OneByOne(block) if plan.lift == "vmap" and _has_quantised_weights(module) else block
+
+
+def _has_quantised_weights(module: nn.Module) -> bool:
+    """Whether some parameter is a tensor of a class of its own, whose kernels need not go through ``torch.vmap``: of torchao's,
+    float8 products raise there, and int8 ones are wrong where they are compiled.
+
+    By its type, since Dynamo answers no to ``is_traceable_wrapper_subclass`` for every parameter.
+    """
+    return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
 
 
 def _context_of(routing: BlockRouting) -> ContextGraph:

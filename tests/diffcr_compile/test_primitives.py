@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -150,6 +152,56 @@ def test_lifted_calls_run_each_sample_alone(call: object) -> None:
         expected = _block(x[one], scale[one], tables[sample])
         assert all(torch.allclose(a[one], b, rtol=1e-6, atol=1e-6) for a, b in zip(found, expected, strict=True))
         # float32: vmap may add a mean in another order
+
+
+class _Doubled(torch.autograd.Function):
+    """Without ``setup_context``, as older ones are: torch.vmap refuses it."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def _opaque(x: Tensor, table: Tensor) -> Tensor:
+    return _Doubled.apply(x + table)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _lift(call: Callable[..., tuple[Tensor, ...]], block: object, x: Tensor, table: Tensor) -> Tensor:
+    (found,) = call(block, (x,), {"table": table}, (0, 0), (True, False), (0,))
+    return found
+
+
+def test_what_vmap_refuses_runs_one_by_one() -> None:
+    x, tables = draw(B, K, D), draw(B, K, D, seed=1)
+    with pytest.raises(RuntimeError, match="vmap"):
+        _lift(primitives.call_per_sample, _opaque, x, tables)
+    assert torch.equal(_lift(primitives.call_per_sample, primitives.OneByOne(_opaque), x, tables), 2 * (x + tables))
+
+
+def test_a_single_sample_is_not_mapped() -> None:
+    x, table = draw(1, K, D), draw(1, K, D, seed=1)
+    assert torch.equal(_lift(primitives.call_per_sample, _opaque, x, table), 2 * (x + table))
+
+
+def test_symbolic_sizes_are_not_mapped() -> None:
+    """torch's linear layer reads them as numbers under torch.vmap, and raises."""
+    weight = draw(D, D, seed=2)
+
+    def call(x: Tensor, table: Tensor) -> Tensor:
+        return _lift(
+            primitives.call_per_sample, lambda x, table: torch.nn.functional.linear(x + table, weight), x, table
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
+    for num_tokens in (K, K + 2):
+        x, tables = draw(B, num_tokens, D), draw(B, num_tokens, D, seed=1)
+        expected = (x + tables) @ weight.T
+        assert torch.allclose(compiled(x, tables), expected, rtol=1e-5, atol=1e-5)  # float32: order of sums
 
 
 def test_a_direct_call_returns_the_tensors_in_order() -> None:
