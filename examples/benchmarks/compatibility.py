@@ -49,19 +49,20 @@ Cells = dict[tuple[int, str], dict[str, Outcome]]
 
 @dataclass
 class Collector:
-    """A pytest plugin: the outcome of every cell, by (row, title) and model."""
+    """A pytest plugin: the outcome of every cell, by (row, title) and model. places: of all tests by their ids, whether they run or
+    not."""
 
     cells: Cells = field(default_factory=dict)
-    _places: dict[str, tuple[tuple[int, str], str]] = field(default_factory=dict)
+    places: dict[str, tuple[tuple[int, str], str]] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         for item in items:
             place = item.function.matrix
-            self._places[item.nodeid] = ((place.row, place.title), item.callspec.params["name"])
+            self.places[item.nodeid] = ((place.row, place.title), item.callspec.params["name"])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            line, model = self._places[report.nodeid]
+            line, model = self.places[report.nodeid]
             self.cells.setdefault(line, {})[model] = outcome_of(report)
 
 
@@ -138,20 +139,22 @@ def main() -> None:
         ["-q", f"--rootdir={ROOT}", f"-c={ROOT / 'pyproject.toml'}", str(TESTS), *rest], plugins=[collector]
     )
     if arguments.write:
-        cells = merge(collector.cells)
+        cells = merge(collector)
         RECORD.write_text(as_markdown(cells))
     print(as_markdown(collector.cells))
     sys.exit(status)
 
 
-def merge(cells: Cells) -> Cells:
-    """The cells of the record, with these in their places; the record is renewed."""
+def merge(collector: Collector) -> Cells:
+    """The cells of the record that are still tests, with those that ran in their places; the record is renewed."""
     record = RECORD.with_suffix(".json")
     known = json.loads(record.read_text()) if record.exists() else []
+    places = set(collector.places.values())
     merged: Cells = {}
     for row, title, model, verdict, reason in known:
-        merged.setdefault((row, title), {})[model] = Outcome(verdict, reason)
-    for line, outcomes in cells.items():
+        if ((row, title), model) in places:
+            merged.setdefault((row, title), {})[model] = Outcome(verdict, reason)
+    for line, outcomes in collector.cells.items():
         merged[line] = {**merged.get(line, {}), **outcomes}
     flat = [[*line, model, one.verdict, one.reason] for line in sorted(merged) for model, one in merged[line].items()]
     record.write_text("[\n" + ",\n".join(map(json.dumps, flat)) + "\n]\n")

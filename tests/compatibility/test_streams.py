@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from coverage import TOLERANCE, Row, compare_with_loop
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from models import reference_flops, routed_fqns, tensors_of, watch_blocks
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from zoo import ZOO
 import diffcr_compile
 from compatibility.matrix import (
     BATCH,
+    LARGE,
     TINY,
     assert_bits,
     assert_routes,
@@ -85,25 +87,33 @@ def test_controlnet_residuals_by_region(name: str, record_property: Record) -> N
     assert "samples of one region at a time" in message
 
 
-_NO_PROMPTS = dict.fromkeys(("dit", "pixart"), "no IP-Adapter for it in diffusers")
+_NO_PROMPTS = dict.fromkeys(("dit", "pixart", "wan"), "no IP-Adapter for it in diffusers")
 
 
-def _with_image_prompt(model: nn.Module) -> dict[str, Any]:
-    """Put FLUX's IP-Adapter on the blocks of two streams; the call with three image tokens for each sample."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for index in range(TINY["flux"].family):
-            block = model.get_submodule(f"transformer_blocks.{index}")
-            block.attn.set_processor(FluxIPAdapterAttnProcessor(WIDTHS["flux"], 18, num_tokens=(3,)).eval())
+def _with_image_prompt(name: str, model: nn.Module) -> dict[str, Any]:
+    """Put the IP-Adapter on the blocks of two streams; the call with three image tokens for each sample."""
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randn(BATCH, 3, 18, generator=generator)
-    return {**inputs("flux"), "joint_attention_kwargs": {"ip_hidden_states": [prompt]}}
+    given: dict[str, Any] = {"ip_hidden_states": [prompt]}
+    if name == "sd3":
+        given = {"ip_hidden_states": prompt, "temb": torch.randn(BATCH, 22, generator=generator)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for block in model.transformer_blocks:
+            block.attn.set_processor(_image_processor(name, model.config.attention_head_dim).eval())
+    return {**inputs(name), "joint_attention_kwargs": given}
 
 
-@row(10, "IP-Adapter before transform", models=("dit", "pixart", "flux"), without=_NO_PROMPTS)
+def _image_processor(name: str, head_dim: int) -> nn.Module:
+    if name == "sd3":
+        return SD3IPAdapterJointAttnProcessor2_0(WIDTHS[name], 18, head_dim, timesteps_emb_dim=22)
+    return FluxIPAdapterAttnProcessor(WIDTHS[name], 18, num_tokens=(3,))
+
+
+@row(10, "IP-Adapter before transform", without=_NO_PROMPTS, slow=LARGE)
 def test_image_prompt_before(name: str) -> None:
     model = plain(name)
-    given = _with_image_prompt(model)
+    given = _with_image_prompt(name, model)
     dense = run(model, given)
     diffcr_compile.transform(model, example_inputs=given)
     assert_bits(run(model, given), dense)
@@ -114,11 +124,11 @@ def test_image_prompt_before(name: str) -> None:
     assert reference_flops(lambda: model(**given)) == cost.routed_flops[0] < cost.dense_flops
 
 
-@row(10, "IP-Adapter after transform", models=("dit", "pixart", "flux"), without=_NO_PROMPTS)
+@row(10, "IP-Adapter after transform", without=_NO_PROMPTS)
 def test_image_prompt_after(name: str, record_property: Record) -> None:
     """Whether the new input of the blocks follows the tokens is unknown: an error, not an ungathered input."""
     model = routed(name)
-    given = _with_image_prompt(model)
+    given = _with_image_prompt(name, model)
     message = refused(record_property, run, model, given)
     assert "Call restore(model), then transform(model, example_inputs=...) with inputs of this kind" in message
 

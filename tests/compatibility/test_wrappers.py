@@ -218,7 +218,7 @@ def test_sequential_offload_after(name: str) -> None:
     assert_bits(run(model, inputs(name)), expected)
 
 
-@row(7, "sequential offload of every module, after transform with full context", models=("pixart",))
+@row(7, "sequential offload of every module, after transform with full context", slow=LARGE)
 def test_sequential_offload_with_full_context(name: str, record_property: Record) -> None:
     config = diffcr_compile.DiffCRConfig(context="all")
     model = diffcr_compile.transform(plain(name), config, example_inputs=inputs(name))
@@ -435,12 +435,7 @@ def _add(output: Any, updates: list[Tensor]) -> Any:
     return tuple(one + update for one, update in zip(output, updates, strict=True))
 
 
-@row(
-    9,
-    "FirstBlockCache before transform",
-    models=("dit", "pixart", "sd3"),
-    without=_NO_CACHE,
-)
+@row(9, "FirstBlockCache before transform", without=_NO_CACHE, slow=LARGE)
 def test_first_block_cache_before(name: str, record_property: Record) -> None:
     model = plain(name)
     _cached(model, -1.0)
@@ -467,7 +462,6 @@ def test_compile_repeated_blocks_after(name: str) -> None:
 @row(
     9,
     "compile_repeated_blocks before transform",
-    models=("dit", "pixart", "sd3", "wan"),
     without=_NO_REPEATED,
     slow=LARGE,
 )
