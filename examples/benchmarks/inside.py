@@ -234,14 +234,16 @@ def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[]
     """diffusers' own caches: (name, how to put it on a model; that returns a count of the forwards that its blocks made)."""
     from diffusers.hooks import (
         FirstBlockCacheConfig,
+        TaylorSeerCacheConfig,
         apply_first_block_cache,
+        apply_taylorseer_cache,
     )
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
     def counted(model: nn.Module, put: Callable[[], None]) -> Callable[[], float]:
         calls = [0]
         for block in model.transformer_blocks:  # type: ignore[union-attr]
-            block.ff.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+            block.ff.net[0].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         put()
         _set_cache_context(model, CacheContext("all"))
         return lambda: calls[0] / len(model.transformer_blocks)  # type: ignore[arg-type]
@@ -253,6 +255,20 @@ def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[]
                 model, lambda: apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
             ),
         )
+    for interval in (2, 3):
+        for order in (1, 2):
+            config = TaylorSeerCacheConfig(
+                cache_interval=interval,
+                max_order=order,
+                taylor_factors_dtype=torch.float32,
+                cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"],  # its own patterns know attention alone
+            )
+            yield (
+                f"TaylorSeer, one step in {interval}, order {order}",
+                lambda model, config=config: counted(  # type: ignore[misc]
+                    model, lambda: apply_taylorseer_cache(model, config)
+                ),
+            )
 
 
 def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
