@@ -38,13 +38,16 @@ from .report import CalibrationReport, Histograms
 from .sampler import Sampler, recover_sampler
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
-from .trials import TRENDS, propose_tables, try_table, visited_regions
+from .trials import propose_tables, try_table, visited_regions
 from .warm_start import fit_routers
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 EXAMINED_BATCHES = 4
 """Batches on which the routers are looked at for the report."""
+
+FOLLOWED = ("", ", extrapolated", ", extrapolated by parabolas")
+"""How a table that is tried is named by the degree of the polynomial followed."""
 
 DIVERGED = 10.0
 """Squared distance from the dense outputs, as a share of their square, that learning can't come back from."""
@@ -129,24 +132,22 @@ class Learner:
         visited = visited_regions(self.model, self.state, self._all("steps"))
         self.targets = [[o.cpu() for o in dense_outputs(self.model, batch)] for batch in self._all("dense outputs")]
         self.sampler = recover_sampler(self.model, self.state, self.batches, self.targets)
-        trends = TRENDS if self.state.config.extrapolation else (1.0,)
+        degrees = [float(degree) for degree in range(self.state.config.extrapolation + 1)]
         for budget in self.task.budgets:
             proposed = propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
             errors = {
-                (name, trend): self._try(name, rows, trend) for name, rows in proposed.items() for trend in trends
+                (name, degree): self._try(name, rows, degree) for name, rows in proposed.items() for degree in degrees
             }
-            name, trend = min(errors, key=lambda key: errors[key])
+            name, degree = min(errors, key=lambda key: errors[key])
             self.tables[budget] = proposed[name]
             if not self.trials:
-                self.trials = {
-                    f"{tried}, extrapolated" if by else tried: error for (tried, by), error in errors.items()
-                }
-                trends = (trend,)
-        self.state.trend = trends[0]
+                self.trials = {tried + FOLLOWED[int(by)]: error for (tried, by), error in errors.items()}
+                degrees = [degree]
+        self.state.degree = degrees[0]
 
-    def _try(self, name: str, rows: Rows, trend: float) -> float:
+    def _try(self, name: str, rows: Rows, degree: float) -> float:
         batches = self._all(f"trying: {name}")
-        return try_table(self.model, self.state, rows, trend, batches, self.targets, self.sampler)
+        return try_table(self.model, self.state, rows, degree, batches, self.targets, self.sampler)
 
     def _build_optimizer(self) -> None:
         config, routers = self.config, list(self.routers.values())
@@ -460,7 +461,7 @@ class Learner:
 
         def error(rows: Rows) -> float:
             if self.trials:
-                return self._try("for the report", rows, self.state.trend)
+                return self._try("for the report", rows, self.state.degree)
             write_table(self.state, rows)
             total = 0.0
             for place in places:

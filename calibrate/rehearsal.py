@@ -59,7 +59,7 @@ def rehearsed(model: nn.Module, state: ModelRouting, before: Sequence[Batch], ba
     leaves at the present table, and change nothing of it."""
     timestep = state.plan.timestep
     assert timestep is not None
-    current, trajectory = state.current, Trajectory(fills=True, trend=state.trend)
+    current, trajectory = state.current, Trajectory(fills=True, degree=state.degree)
     current.trajectory = trajectory
     learning, state.learning = state.learning, None
     state.sync_with_masters()

@@ -199,7 +199,7 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
     learned = [*weights, *(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)]
     before = [local(tensor.detach()).to("cpu", copy=True) for tensor in learned]
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
-    trend, learning = state.trend, state.learning
+    degree, learning = state.degree, state.learning
     lowered = state.lowered
     try:
         if lowered is not None:
@@ -215,7 +215,7 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
             for tensor, value in zip(learned, before, strict=True):
                 local(tensor).copy_(value)
         write_table(state, rows)
-        state.trend = trend
+        state.degree = degree
         raise
     finally:
         for module, flag in training.items():

@@ -31,13 +31,10 @@ as by the distance of their samples (digits DiT, 36 tables: rank correlation 0.8
 (0) that is 0.84, 0.40 and 0.91."""
 
 NUM_DENSE = 2
-"""Steps at the beginning of a trajectory that whole-step tables leave dense: a trend needs two updates."""
+"""Steps at the beginning of a trajectory that whole-step tables leave dense: a straight line needs two updates."""
 
 MOST_GROUPS = 10
 """Rows that a table chosen block by block may have: each is a graph to compile."""
-
-TRENDS = (0.0, 1.0)
-"""How far the last updates are extrapolated, tried with each table."""
 
 
 def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> list[int]:
@@ -165,7 +162,7 @@ def try_table(
     model: nn.Module,
     state: ModelRouting,
     rows: Rows,
-    trend: float,
+    degree: float,
     batches: Iterable[dict[str, Any]],
     targets: Iterable[list[Tensor]],
     sampler: Sampler | None = None,
@@ -176,7 +173,7 @@ def try_table(
     ``CARRIED`` each time.
     """
     write_table(state, rows)
-    state.trend, state.current.trajectory = trend, None
+    state.degree, state.current.trajectory = degree, None
     if sampler is not None:
         error = sampler.error(model, batches, targets)
         state.current.trajectory = None

@@ -74,7 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "plan": _encode(plan_to_dict(state.plan)),
         "table": [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)],
         "trained": state.trained,
-        "trend": state.trend,
+        "degree": state.degree,
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     record["checksum"] = record_checksum(record)
@@ -105,7 +105,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         config = DiffCRConfig.from_dict(record["config"])
         plan = plan_from_dict(_decode(record["plan"]))
         table, expected, trained = record["table"], record["fingerprint"], record["trained"]
-        trend = float(record.get("trend", 1.0))
+        degree = float(record.get("degree", config.extrapolation))
     except _DAMAGE as error:
         raise ArtefactError(f"{source / _JSON} is damaged: {type(error).__name__}: {error}.") from error
     found = fingerprint(model)
@@ -114,7 +114,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{source} was made for another architecture than this {type(model).__name__} (fingerprint {expected!s:.12}, this "
             f"model's {found:.12}). Classes, names and shapes of all parameters must agree."
         )
-    _check_table(source, table, trained, trend, plan, config)
+    _check_table(source, table, trained, degree, plan, config)
     state = ModelRouting(config)
     try:
         tensors = _read_tensors(source, record, plan, config)
@@ -126,7 +126,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             for block in state.blocks:
                 router_weight(model.get_submodule(block.fqn)).copy_(tensors[block.fqn])
         write_table(state, table)
-        state.trained, state.trend, state.report = trained, trend, _read_report(source)
+        state.trained, state.degree, state.report = trained, degree, _read_report(source)
     except Exception:
         restore(model)
         raise
@@ -228,15 +228,17 @@ def _read_report(source: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
-def _check_table(source: Path, table: Any, trained: Any, trend: float, plan: ModelPlan, config: DiffCRConfig) -> None:
+def _check_table(source: Path, table: Any, trained: Any, degree: float, plan: ModelPlan, config: DiffCRConfig) -> None:
     shape = (config.num_regions if plan.timestep is not None else 1, len(plan.sites))
     rows = table if isinstance(table, list) else []
     if len(rows) != shape[0] or any(not isinstance(row, list) or len(row) != shape[1] for row in rows):
         raise ArtefactError(f"{source / _JSON} is damaged: expected a ratio table of shape {shape}.")
     if not all(type(value) is int and 0 <= value <= SCALE for row in rows for value in row):
         raise ArtefactError(f"{source / _JSON} is damaged: expected ratios of whole thousandths, 0..{SCALE}.")
-    if not 0 <= trend <= 1:
-        raise ArtefactError(f"{source / _JSON} is damaged: expected a share in [0, 1] for 'trend'.")
+    if not 0 <= degree <= config.extrapolation:
+        raise ArtefactError(
+            f"{source / _JSON} is damaged: expected a number from 0 to {config.extrapolation} for 'degree', found {degree!r}."
+        )
     if not isinstance(trained, bool):
         raise ArtefactError(f"{source / _JSON} is damaged: expected true or false for 'trained'.")
 

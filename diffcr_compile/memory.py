@@ -28,16 +28,16 @@ _EPSILON = 1e-12
 class Memory(NamedTuple):
     """updates: for each routed output, newest first, (H, B N, D) in the output's own order of batch and tokens. times: timesteps
     of those updates, float32 (H, B, N). age: forwards since a token was last kept, float32 (B, N). rank: order in which tokens of
-    the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,). trend: share of the extrapolated
-    change that is taken, float32 () in [0, 1]; at 0 the last update is repeated. context: with stale context, keys and values of
-    all tokens as their attention takes them."""
+    the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,). degree: of the polynomial that is
+    followed, float32 () from 0 (the last update is repeated) to H - 1, between two degrees a mix of both. context: with stale
+    context, keys and values of all tokens as their attention takes them."""
 
     updates: tuple[Tensor, ...]
     times: Tensor
     age: Tensor
     rank: Tensor
     now: Tensor
-    trend: Tensor
+    degree: Tensor
     context: tuple[Tensor, ...] = ()
 
     @property
@@ -57,9 +57,10 @@ def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Ten
             width = int(output.dims[-1])
             updates.append(stream.new_zeros(num_updates, batch * num_tokens, width, dtype=dtype))
     times = torch.zeros(num_updates, batch, num_tokens, device=stream.device)
-    age, trend = torch.zeros(batch, num_tokens, device=stream.device), torch.ones((), device=stream.device)
+    age = torch.zeros(batch, num_tokens, device=stream.device)
+    degree = torch.tensor(float(config.extrapolation), device=stream.device)
     context = tuple(stream.new_zeros(shape, dtype=dtype) for shape in _context_shapes(plan, values))
-    return Memory(tuple(updates), times, age, rank, now, trend, context)
+    return Memory(tuple(updates), times, age, rank, now, degree, context)
 
 
 def _context_shapes(plan: BlockPlan, values: list[Any]) -> list[tuple[int, ...]]:
@@ -121,7 +122,7 @@ def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_
     axes = (min(token_axis, batch_axis), max(token_axis, batch_axis))
     rows = (x.shape[axes[0]], x.shape[axes[1]])
     result = x
-    weights = _weights(memory.times, memory.now.unsqueeze(-1), memory.trend)
+    weights = _weights(memory.times, memory.now.unsqueeze(-1), memory.degree)
     for update, weight in zip(history, weights, strict=True):
         update = update.unflatten(0, rows).movedim((0, 1), axes).to(x.dtype)
         result = (
@@ -132,9 +133,9 @@ def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_
     return result
 
 
-def foretell(updates: list[Tensor], times: Tensor, now: Tensor, trend: float = 1.0) -> Tensor:
+def foretell(updates: list[Tensor], times: Tensor, now: Tensor) -> Tensor:
     """What updates (B, N, D), newest first, made at ``times`` (H, B, N) or so, foretell for the timestep ``now`` (1,) or (B,)."""
-    weights = _weights(times, now.unsqueeze(-1), torch.tensor(trend, dtype=times.dtype))
+    weights = _weights(times, now.unsqueeze(-1), torch.tensor(len(times) - 1, dtype=times.dtype))
     parts = (
         update if weight is None else weight.unsqueeze(-1) * update
         for update, weight in zip(updates, weights, strict=True)
@@ -142,9 +143,8 @@ def foretell(updates: list[Tensor], times: Tensor, now: Tensor, trend: float = 1
     return torch.stack(list(parts)).sum(dim=0)
 
 
-def _weights(times: Tensor, now: Tensor, trend: Tensor) -> list[Tensor | None]:
-    """Weight (B, N) of each remembered update: the Newton polynomial through them, at the present timestep, as far as the trend
-    is taken.
+def _weights(times: Tensor, now: Tensor, degree: Tensor) -> Sequence[Tensor | None]:
+    """Weight (B, N) of each remembered update: the Newton polynomial of this degree through them, at the present timestep.
 
     A token with fewer different times than the degree asks for takes the polynomial of those that it has.
     """
@@ -154,14 +154,15 @@ def _weights(times: Tensor, now: Tensor, trend: Tensor) -> list[Tensor | None]:
     gap = times[0] - times[1]
     reach = (MAX_REACH * gap).abs()
     ahead = ahead.clamp(-reach, reach)
-    slope = _safe_divide(ahead, gap)
+    slope = degree.clamp(0, 1) * _safe_divide(ahead, gap)
     weights = [1 + slope, -slope]
     if len(times) == 3:
         gap2, span = times[1] - times[2], times[0] - times[2]
         bend = _safe_divide(ahead * (ahead + gap), span) * (gap2.abs() > _EPSILON) * (gap.abs() > _EPSILON)
+        bend = (degree - 1).clamp(0, 1) * bend
         first, second = _safe_divide(bend, gap), _safe_divide(bend, gap2)
         weights = [weights[0] + first, weights[1] - first - second, second]
-    return [1 + trend * (weights[0] - 1), *(trend * weight for weight in weights[1:])]
+    return weights
 
 
 def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:

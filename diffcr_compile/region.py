@@ -150,7 +150,7 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
         )
     if current.trajectory is None:
         current.trajectory = Trajectory()
-    current.trajectory.trend = state.trend
+    current.trajectory.degree = state.degree
     given = {path: leaf for path, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)}
     current.trajectory.advance(timestep_value(bound, timestep, model), latent_grid(bound), given)
 

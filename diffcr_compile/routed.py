@@ -200,7 +200,7 @@ class ModelRouting(_Whole):
     lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed
     with. costs: the cost model on the inputs last measured. report: of the calibration that made the table. rebuild: rewrites a
     block's graph for full context where its modules have changed.
-    trend: with reuse, the share of the extrapolated change that is taken.
+    degree: with reuse, of the polynomial through a token's last updates that is followed, at most the configured one.
     outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
     observers: called with each block's name and kept tokens (B, K).
     """
@@ -225,8 +225,12 @@ class ModelRouting(_Whole):
     fingerprint: str = ""
     costs: Any = None
     report: dict[str, Any] | None = None
-    trend: float = 1.0
+    degree: float = None  # type: ignore[assignment]
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.degree is None:
+            self.degree = float(self.config.extrapolation)
 
     @property
     def num_regions(self) -> int:

@@ -32,14 +32,13 @@ MAX_SLOTS = 4
 class Trajectory:
     """The trajectory that a thread is on.
 
-    now: the timestep of the forward under way, float32 (1,) or (B,). trend: how far updates are extrapolated. grid: size of the
-    latents. slot: its place among the calls at that timestep. first:
-    whether it is the first of its slot, and so dense. memories: by (slot, block). fills: every block remembers, even one that skips
-    nothing yet: a forward is to learn from it.
+    now: the timestep of the forward under way, float32 (1,) or (B,). degree: of the polynomial through a token's updates. grid:
+    size of the latents. slot: its place among the calls at that timestep. first: whether it is the first of its slot, and so dense.
+    memories: by (slot, block). fills: every block remembers, even one that skips nothing yet: a forward is to learn from it.
     """
 
     now: Tensor = field(default_factory=lambda: torch.zeros(1))
-    trend: float = 1.0
+    degree: float = 0.0
     grid: tuple[int, ...] = ()
     slot: int = 0
     first: bool = True
@@ -147,7 +146,7 @@ class Trajectory:
 
     def _at_present(self, memory: Memory) -> Memory:
         device = memory.age.device
-        return memory._replace(now=self.now.to(device), trend=torch.tensor(self.trend, device=device))
+        return memory._replace(now=self.now.to(device), degree=torch.tensor(self.degree, device=device))
 
     def _rank(self, num_tokens: int, device: torch.device) -> Tensor:
         key = (num_tokens, self.grid, device)

@@ -108,11 +108,11 @@ def test_samples_at_different_timesteps_are_refused() -> None:
         diffcr_compile.calibrate(model, batches, budget=0.6)
 
 
-def errors_of(rows: Rows, trend: float = 1.0, steps: tuple[float, ...] = STEPS) -> float:
+def errors_of(rows: Rows, degree: float = 1.0, steps: tuple[float, ...] = STEPS) -> float:
     model, state = reusing(num_regions=10)
     batches = trajectory(steps)
     targets = [dense_outputs(model, batch) for batch in batches]
-    return try_table(model, state, rows, trend, batches, targets)
+    return try_table(model, state, rows, degree, batches, targets)
 
 
 def test_the_dense_table_has_no_error_and_more_skipping_has_more() -> None:
@@ -131,11 +131,11 @@ def test_the_best_of_what_was_tried_is_taken() -> None:
     report = diffcr_compile.calibrate(model, trajectory(), budget=0.6)
     assert len(report.trials) == 2 * len(NAMES)
     best = min(report.trials, key=lambda name: report.trials[name])
-    assert state.trend == float(best.endswith("extrapolated"))
+    assert state.degree == float(best.endswith("extrapolated"))
     batches = trajectory()
     rows = [[round(float(ratio) * 1000) for ratio in row] for row in report.table]
     targets = [dense_outputs(model, batch) for batch in batches]
-    assert try_table(model, state, rows, state.trend, batches, targets) == pytest.approx(report.trials[best], rel=1e-5)
+    assert try_table(model, state, rows, state.degree, batches, targets) == pytest.approx(report.trials[best], rel=1e-5)
     assert report.share <= 0.6
     assert f"tried: {best}: error" in str(report)
     assert type(report).from_dict(report.to_dict()).trials == report.trials
@@ -143,22 +143,22 @@ def test_the_best_of_what_was_tried_is_taken() -> None:
 
 def test_a_failed_calibration_leaves_the_extrapolation_as_it_was() -> None:
     model, state = reusing()
-    state.trend = 0.5
+    state.degree = 0.5
     batches = trajectory()
     del batches[5]["timestep"]
     with pytest.raises(diffcr_compile.DiffCRError):
         diffcr_compile.calibrate(model, batches, budget=0.6)
-    assert state.trend == 0.5
+    assert state.degree == 0.5
     assert not diffcr_compile.ratios(model).any()
 
 
 def test_the_extrapolation_is_saved(tmp_path: object) -> None:
     model, state = reusing()
     diffcr_compile.set_ratios(model, 0.5)
-    state.trend = 0.0
+    state.degree = 0.0
     diffcr_compile.save(model, f"{tmp_path}/routing")
     other = diffcr_compile.load(original(PLAIN), f"{tmp_path}/routing")
-    assert other.__dict__[STATE].trend == 0.0
+    assert other.__dict__[STATE].degree == 0.0
     with torch.no_grad():
         for batch in trajectory():
             assert torch.equal(model(**batch), other(**batch))

@@ -22,7 +22,7 @@ def empty(degree: int) -> Memory:
         torch.zeros(B, N),
         rank,
         torch.zeros(1),
-        torch.ones(()),
+        torch.tensor(float(degree)),
     )
 
 
@@ -43,6 +43,20 @@ def test_a_polynomial_of_its_degree_is_foretold(degree: int, seed: int) -> None:
         remember_all(at(memory, time), [curve(coefficients, time)], [(1, 0)], first=index == 0)
     found = resume_tokens(torch.zeros(B, N, D), at(memory, 0.62), 0, 1, 0)
     assert torch.allclose(found, curve(coefficients, 0.62), atol=1e-4)
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_a_lower_degree_is_that_of_fewer_updates(degree: int) -> None:
+    """And between two degrees it is a mix of both."""
+    updates = torch.randn(3, B, N, D, generator=torch.Generator().manual_seed(0))
+    found = []
+    for remembered, followed in ((2, degree), (degree, degree), (2, degree + 1), (2, degree + 0.25)):
+        memory = empty(remembered)._replace(degree=torch.tensor(float(followed)))
+        for index, time in enumerate((1.0, 0.8, 0.7)):
+            remember_all(at(memory, time), [updates[index]], [(1, 0)], first=index == 0)
+        found.append(resume_tokens(torch.zeros(B, N, D), at(memory, 0.62), 0, 1, 0))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert torch.allclose(found[3], 0.75 * found[0] + 0.25 * found[2], atol=1e-5)
 
 
 def test_each_token_has_times_of_its_own() -> None:
