@@ -36,7 +36,7 @@ from .files import record_checksum, write_files
 from .fingerprint import fingerprint
 from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE
-from .routed import ModelRouting, router_weight, routing_of, settle
+from .routed import ROUTER, ModelRouting, router_weight, routing_of, settle
 from .sharding import is_sharded, whole
 from .table import write_table
 from .transform import attach, restore
@@ -122,9 +122,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     except _DAMAGE as error:
         raise ArtefactError(f"{source} is damaged, or fits no {type(model).__name__}: {error}.") from error
     try:
-        with torch.no_grad():
-            for block in state.blocks:
-                router_weight(model.get_submodule(block.fqn)).copy_(tensors[block.fqn])
+        for block in state.blocks:
+            getattr(model.get_submodule(block.fqn), ROUTER).fill(tensors[block.fqn])
         write_table(state, table)
         state.trained, state.degree, state.report = trained, degree, _read_report(source)
     except Exception:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .sharding import is_shard, like
 
 
 class Router(nn.Module):
@@ -25,12 +28,37 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7])
-        start = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+        generator = torch.Generator("cpu").manual_seed(seed)
+        start = torch.randn(width, generator=generator, device="cpu") * width**-0.5
         if num_regions is not None:
             start = start.repeat(num_regions, 1)
         with torch.inference_mode(False):  # it learns later, wherever the blocks were looked for
             self.weight = nn.Parameter(start.to(dtype=dtype, device=device, copy=True))
-        vars(self)["_taken"] = self.weight
+        vars(self)["_taken"] = nn.Parameter(start.to(dtype)) if self.weight.is_meta else self.weight
+
+    def fill(self, values: Tensor) -> None:
+        """Set the vector, wherever it is; on the meta device, what it will be when it leaves it."""
+        with torch.no_grad():
+            (vars(self)["_taken"] if self.weight.is_meta else self.weight).copy_(values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves or casts a model moves and casts the vector, and leaves it its values: no dense checkpoint brings back what
+        ``to_empty`` takes."""
+        self._leave_meta()
+        values = self.weight.detach()
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(values)
+        return self
+
+    def _leave_meta(self) -> None:
+        """Come back from the meta device, where the vector is there, to the one it was on or, sharded, is meant for."""
+        if self.weight.is_meta:
+            taken: Tensor = vars(self)["_taken"].detach()
+            device = self.weight.device_mesh.device_type if is_shard(self.weight) else taken.device
+            values = like(taken, torch.empty_like(self.weight, device=device))
+            self.weight = vars(self)["_taken"] = nn.Parameter(values, requires_grad=self.weight.requires_grad)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Leaves nothing in a state dict. Remembers the vector: who takes a model's weights by its state dict (sequential offload)
@@ -38,8 +66,12 @@ class Router(nn.Module):
         if not self.weight.is_meta:
             vars(self)["_taken"] = self.weight
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Asks nothing of a state dict."""
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Asks nothing of a state dict; where a model on the meta device is given its tensors, the vector is there too."""
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._leave_meta()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in any module, but a router is never offloaded: it takes no wrapper around its forward, and where one is set that has

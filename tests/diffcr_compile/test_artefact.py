@@ -51,6 +51,12 @@ def test_a_loaded_model_is_the_saved_one(model: TinyDiT, saved: Path) -> None:
     assert same_snapshot(snapshot(other), snapshot(original(SHAPE)))
 
 
+def test_a_model_is_loaded_on_the_meta_device_and_given_its_weights_later(model: TinyDiT, saved: Path) -> None:
+    other = diffcr_compile.load(original(SHAPE).to("meta"), saved).to_empty(device="cpu")
+    other.load_state_dict(original(SHAPE).state_dict())
+    assert same_bits(other(**INPUTS), model(**INPUTS))
+
+
 @pytest.mark.slow
 def test_a_fresh_process_gives_the_same_outputs(model: TinyDiT, saved: Path, tmp_path: Path) -> None:
     torch.save((original(SHAPE).state_dict(), INPUTS), tmp_path / "given.pt")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
 
@@ -56,3 +60,39 @@ def test_it_goes_to_the_meta_device_with_its_model() -> None:
     module = nn.Sequential(make("blocks.0"), nn.Linear(2, 2))
     module.state_dict()
     assert all(parameter.is_meta for parameter in module.to("meta").parameters())
+
+
+MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "to_empty": lambda module: module.to_empty(device="cpu"),
+    "cast and to_empty": lambda module: module.bfloat16().to_empty(device="cpu"),
+    "to": lambda module: module.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("how", MOVES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_it_has_its_values_when_it_leaves_the_meta_device(how: str, trained: bool) -> None:
+    router = Router(16, "blocks.0", dtype=torch.bfloat16, device=torch.device("meta"))
+    expected = make("blocks.0").weight
+    if trained:
+        router, expected = make("blocks.0"), torch.arange(16.0)
+        router.fill(expected)
+        router.to("meta")
+    assert router.weight.is_meta
+    router = MOVES[how](copy.deepcopy(router))
+    assert torch.equal(router.weight, expected)
+    router.fill(expected + 1)
+    assert torch.equal(MOVES[how](router.to("meta")).weight, expected.to(router.weight.dtype) + 1)
+
+
+def test_it_keeps_its_values_where_its_model_loses_them() -> None:
+    router = make("blocks.0").to_empty(device="cpu").float()
+    assert router.weight.dtype == torch.float32
+    assert torch.equal(router.weight, make("blocks.0").weight.float())
+
+
+def test_values_may_be_given_to_it_on_the_meta_device() -> None:
+    router = Router(16, "blocks.0", dtype=torch.bfloat16, device=torch.device("meta"))
+    router.fill(torch.arange(16.0))
+    assert router.weight.is_meta
+    assert torch.equal(router.to_empty(device="cpu").weight, torch.arange(16.0))

@@ -113,3 +113,18 @@ def test_a_sharded_model_is_saved(mesh: Any, tmp_path: Path) -> None:
     assert torch.equal(loaded(**inputs), expected)
     for one, other in zip(loaded.blocks, routed(shape).blocks, strict=True):
         assert torch.equal(one.diffcr_router.weight, other.diffcr_router.weight)
+
+
+@pytest.mark.filterwarnings("ignore:the routers are untrained")
+def test_a_model_sharded_on_the_meta_device_has_its_routers_when_it_leaves_it(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    inputs = {name: value.to("meta") for name, value in tiny_inputs(shape).items()}
+    model = diffcr_compile.transform(original(shape).to("meta"), example_inputs=inputs)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    model.to_empty(device="cpu")
+    for block, expected in zip(model.blocks, routed(shape).blocks, strict=True):
+        assert is_shard(block.diffcr_router.weight)
+        assert torch.equal(whole(block.diffcr_router.weight), expected.diffcr_router.weight)

@@ -137,3 +137,14 @@ def test_a_model_on_the_meta_device_is_analysed() -> None:
     model = diffcr_compile.transform(original(SHAPE).to("meta"), example_inputs=inputs)
     assert tuple(diffcr_compile.ratios(model).shape) == (4, 3)
     assert model.blocks[0].diffcr_router.weight.is_meta
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_that_leaves_the_meta_device_is_the_one_that_never_was_there(assign: bool) -> None:
+    """It is given its weights by a dense checkpoint, which knows of no routers."""
+    inputs = {name: value.to("meta") for name, value in INPUTS.items()}
+    model = diffcr_compile.transform(original(SHAPE).to("meta"), example_inputs=inputs)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(original(SHAPE).state_dict(), assign=assign)
+    assert same_bits(kept_share(model), kept_share(routed(SHAPE)))
