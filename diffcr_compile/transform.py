@@ -48,7 +48,9 @@ def transform(
     """Turn the transformer blocks of ``model`` into router-gated skip blocks, in place; returns the same object.
 
     At ratio zero, where it starts, the model computes what it did before, bit for bit. Class, signature, hooks, dtype and
-    state-dict keys stay; what is added lives inside the blocks (``diffcr_router``) and is left out of state dicts.
+    state-dict keys stay; what is added lives inside the blocks (``diffcr_router``) and is left out of state dicts. Hooks on the
+    model's modules run in the search, several times and on fake tensors, since they may change what blocks are called with: add
+    those that only watch afterwards.
 
     model: any module whose forward is a denoiser's; of a pipeline, pass ``pipe.transformer``. Of a wrapper (``torch.compile``,
         DistributedDataParallel) the module inside is routed, and returned: wrap that, an old wrapper knows of no routers.

@@ -95,8 +95,9 @@ class _Run:
     def _hooks(self, counter: FlopCounterMode) -> Iterator[None]:
         handles = []
         for fqn, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._before(counter), with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(self._after(fqn, counter), with_kwargs=True))
+            # Next to the forward: a call is what the module's own hooks make of it, and its output what they are given.
+            handles.append(module.register_forward_pre_hook(self._before(counter), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after(fqn, counter), with_kwargs=True, prepend=True))
         try:
             yield
         finally:

@@ -123,9 +123,12 @@ def _stand_in(calls: tuple[Call, ...]) -> Callable[..., Any]:
 
 
 def _duplicate(block: BlockAnalysis) -> nn.Module:
-    """The block's module objects copied, their parameters shared."""
+    """The block's module objects copied, their parameters shared, without the block's own hooks: they will run around its routed
+    forward, as around any other."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*block.module.parameters(), *block.module.buffers())}
     duplicate = copy.deepcopy(block.module, memo)
+    duplicate._forward_pre_hooks.clear()
+    duplicate._forward_hooks.clear()
     vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
     return duplicate
 

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 from diffcr_compile.passes.program import write_program
-from models import Shape, TinyDiT, original, routed, same_bits, tiny_inputs
+from models import (
+    Shape,
+    TinyDiT,
+    original,
+    relative_error,
+    routed,
+    routed_fqns,
+    run_routed,
+    same_bits,
+    tiny_inputs,
+    watch_blocks,
+)
 from torch import Tensor
 
 import diffcr_compile
@@ -45,6 +56,24 @@ def test_a_block_keeps_its_class_and_signature(model: TinyDiT) -> None:
         assert inspect.signature(mine.forward) == inspect.signature(theirs.forward)
         assert set(vars(mine)) - set(vars(theirs)) == {STATE, "forward"}
         assert set(mine._modules) - set(theirs._modules) == {ROUTER}
+
+
+def test_a_blocks_own_hooks_run_once_around_it() -> None:
+    """They are no part of its graph, in which kept tokens come out as from the dense block."""
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, inputs = original(shape), tiny_inputs(shape)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+        block.register_forward_hook(lambda module, args, output: output * 3)
+    dense = copy.deepcopy(model)
+    diffcr_compile.transform(model, DiffCRConfig(context="all"), example_inputs=inputs)
+    assert routed_fqns(model) == ["blocks.0", "blocks.1"]
+    diffcr_compile.set_ratios(model, 0.5)
+    found = run_routed(model, inputs)[0]
+    with torch.no_grad(), watch_blocks(dense, ["blocks.0"]) as expected:
+        dense(**inputs)
+    kept = found.kept.unsqueeze(-1).expand(-1, -1, shape.width)
+    assert relative_error(found.output.gather(1, kept), expected[0].output.gather(1, kept)) < 1e-5
 
 
 def test_what_is_added_lies_inside_blocks(model: TinyDiT) -> None:

@@ -84,6 +84,19 @@ def test_the_graph_with_every_token_kept_is_the_original_to_the_bit() -> None:
 
 
 @torch.no_grad()
+def test_hooks_of_the_model_run_once() -> None:
+    model = FlatDiT().eval()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "x": kwargs["x"] * 2}), with_kwargs=True
+    )
+    model.register_forward_hook(lambda module, args, output: (output * 3,))
+    expected = model(**inputs(1))
+    diffcr_compile.transform(model, example_inputs=inputs())
+    diffcr_compile.set_ratios(model, 0.001)
+    assert same_bits(model(**inputs(1)), expected)
+
+
+@torch.no_grad()
 def test_each_block_equals_each_sample_run_alone() -> None:
     """The oracle is the class's own layer, on one sample and its kept tokens."""
     model, plain = transformed(), FlatDiT().eval()
