@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .config import RouterInput
+from .config import RouterInput, Selection
 from .plan import BlockPlan, ModelPlan
 from .routed import BlockRouting, settle
 from .table import read_table
@@ -15,12 +15,16 @@ from .unwrap import unwrap
 
 @dataclass(frozen=True)
 class FamilyExplanation:
-    """Blocks that share one plan: their names, the plan, and the routed program as Python code of its FX graph."""
+    """Blocks that share one plan: their names, the plan, and the routed program as Python code of its FX graph.
+
+    reuses: a skipped token's last updates are remembered, and what they foretell is added to it.
+    """
 
     plan: BlockPlan
     blocks: tuple[str, ...]
     flops_share: float
     program: str
+    reuses: bool = False
 
     def __str__(self) -> str:
         plan = self.plan
@@ -38,8 +42,9 @@ class FamilyExplanation:
                 lines.append(f"  {leaf.name}[{', '.join(leaf.dims)}]: {follows}")
         for index, output in enumerate(plan.outputs):
             joined = "made anew" if output.source is None else f"joined to {plan.leaves[output.source].name}"
-            put = ", skipped tokens keep their input" if output.routed else ""
-            lines.append(f"  output {index}[{', '.join(output.dims)}]: {joined}{put}")
+            put = ", skipped tokens " + ("get zeros" if output.source is None else "keep their input")
+            put += " plus what their last updates foretell" if self.reuses else ""
+            lines.append(f"  output {index}[{', '.join(output.dims)}]: {joined}{put if output.routed else ''}")
         if self.plan.context != "kept":
             those = "remembered of skipped ones" if self.plan.context == "stale" else "computed"
             lines.append(
@@ -53,7 +58,8 @@ class FamilyExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is routed in a model and what is not. table: float32 (num_regions, num_blocks). router: what the routers see."""
+    """What is routed in a model and what is not. table: float32 (num_regions, num_blocks). router: what the routers see;
+    selection: whether they are asked."""
 
     model: str
     plan: ModelPlan
@@ -61,6 +67,7 @@ class Explanation:
     table: Tensor
     trained: bool
     router: RouterInput = "token"
+    selection: Selection = "score"
 
     @property
     def routable_share(self) -> float:
@@ -71,8 +78,7 @@ class Explanation:
         blocks = sum(len(family.blocks) for family in self.families)
         lines = [
             f"{self.model}: {blocks} routed blocks in {len(self.families)} families, {self.routable_share:.1%} of "
-            f"{self.plan.dense_flops / 1e9:.3g} GFLOPs; routers {'trained' if self.trained else 'untrained'}"
-            + (", one vector for each timestep region" if self.router == "timestep" else ""),
+            f"{self.plan.dense_flops / 1e9:.3g} GFLOPs; {self._choice()}",
             f"{self.plan.timestep_note}; ratio table {tuple(self.table.shape)}, mean {float(self.table.mean()):.3f}",
             "",
             *(str(family) + "\n" for family in self.families),
@@ -80,6 +86,13 @@ class Explanation:
         if self.plan.refusals:
             lines += ["stay dense:", *(f"  {refusal}" for refusal in self.plan.refusals)]
         return "\n".join(lines)
+
+    def _choice(self) -> str:
+        """What decides which tokens are kept."""
+        if self.selection == "turn":
+            return "tokens are kept in turn, no router is asked"
+        each = ", one vector for each timestep region" if self.router == "timestep" else ""
+        return f"routers {'trained' if self.trained else 'untrained'}{each}"
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -89,15 +102,16 @@ def explain(model: nn.Module) -> Explanation:
     """
     model = unwrap(model)
     state = settle(model)
-    plan = state.plan
+    plan, config = state.plan, state.config
+    reuses = config.skip == "reuse" and plan.timestep is not None  # without a timestep there is no trajectory to follow
     families = []
     for index, family in enumerate(plan.families):
         blocks = tuple(site.fqn for site in plan.sites if site.family == index)
         routing = next(block for block in state.blocks if block.fqn == blocks[0])
         share = plan.family_flops[index] / max(plan.dense_flops, 1)
-        families.append(FamilyExplanation(family, blocks, share, _program(routing, family)))
+        families.append(FamilyExplanation(family, blocks, share, _program(routing, family), reuses))
     return Explanation(
-        type(model).__name__, plan, tuple(families), read_table(state), state.trained, state.config.router
+        type(model).__name__, plan, tuple(families), read_table(state), state.trained, config.router, config.selection
     )
 
 

@@ -44,7 +44,8 @@ def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[floa
         raise ValueError(
             f"ratios must lie in [0, 1], found {table[region, index]:g} for {state.blocks[index].fqn} in timestep region {region}"
         )
-    if bool((table > 0).any()) and not state.trained and not state.warned:
+    untrained = state.config.selection != "turn" and not state.trained
+    if untrained and not state.warned and bool((table > 0).any()):
         state.warned = True
         warnings.warn(
             "the routers are untrained: tokens are chosen at random. Call diffcr_compile.calibrate.", stacklevel=2

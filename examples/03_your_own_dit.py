@@ -48,7 +48,6 @@ def distance(model: nn.Module, dense: nn.Module, batch: dict[str, Tensor]) -> Te
 def learn(model: nn.Module, dense: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     """Any optimiser, any loss; `budget_loss` pulls the ratios, and the table follows them."""
     with diffcr_compile.learning(model) as learnable:
-        model.requires_grad_(True)  # the routers too, which are frozen outside calibration
         ratios = {"params": [learnable.ratios], "lr": 0.02, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([{"params": list(model.parameters())}, ratios], lr=3e-4)
         for step in range(STEPS):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from models import Shape, TinyDiT, original, tiny_inputs
+from torch import Tensor, nn
 
 import diffcr_compile
 
@@ -47,6 +49,56 @@ def test_it_prints_what_follows_the_tokens(model: TinyDiT) -> None:
         "called: vmap",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [
+        ({}, "routers untrained"),
+        ({"skip": "reuse"}, "tokens are kept in turn, no router is asked"),
+        ({"skip": "reuse", "selection": "score"}, "routers untrained"),
+        ({"router": "timestep"}, "routers untrained, one vector for each timestep region"),
+    ],
+    ids=str,
+)
+def test_it_says_who_chooses_and_what_skipped_tokens_get(options: dict[str, Any], choice: str) -> None:
+    config = diffcr_compile.DiffCRConfig(**options)
+    text = str(
+        diffcr_compile.explain(diffcr_compile.transform(original(SHAPE), config, example_inputs=tiny_inputs(SHAPE)))
+    )
+    assert text.splitlines()[0].endswith(f" GFLOPs; {choice}")
+    added = " plus what their last updates foretell" * (config.skip == "reuse")
+    assert f"output 0[B, N, 6]: joined to x, skipped tokens keep their input{added}\n" in text
+
+
+def test_skipped_tokens_of_a_branch_get_zeros() -> None:
+    model = diffcr_compile.transform(Branches(), example_inputs={"x": torch.ones(3, 11, 6)})
+    assert "output 0[B, N, 6]: made anew, skipped tokens get zeros\n" in str(diffcr_compile.explain(model))
+
+
+class Attention(nn.Module):
+    """No residual of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+
+class Branches(nn.Module):
+    """Its blocks' residual is added by their caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
 
 
 def test_a_copy_explains_itself_alike(model: TinyDiT) -> None:

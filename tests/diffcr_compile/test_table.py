@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from models import Shape, routed, tiny_inputs
+from models import Shape, original, routed, tiny_inputs
 
 import diffcr_compile
 from diffcr_compile.routed import routing_of
@@ -30,6 +31,16 @@ def test_the_warning_comes_once(model: torch.nn.Module) -> None:
     assert "untrained" in str(warning.message)
     assert "diffcr_compile.calibrate" in str(warning.message)
     assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(("selection", "num_warnings"), [("turn", 0), ("score", 1), ("score and turn", 1)])
+def test_the_warning_comes_where_a_router_is_asked(selection: Any, num_warnings: int) -> None:
+    config = diffcr_compile.DiffCRConfig(skip="reuse", selection=selection)
+    model = diffcr_compile.transform(original(SHAPE), config, example_inputs=tiny_inputs(SHAPE))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        diffcr_compile.set_ratios(model, 0.5)
+    assert ["untrained" in str(warning.message) for warning in caught] == [True] * num_warnings
 
 
 @pytest.mark.filterwarnings("ignore:the routers are untrained")
