@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import bind_arguments, iterate_leaves
 from ..learning import dense
 from ..primitives import score_tokens, select_tokens
 from ..routed import BlockRouting, ModelRouting, router_vector
@@ -57,9 +56,8 @@ def examine_table(table: Tensor, budget: float) -> tuple[str, ...]:
 
 def _observer(block: BlockRouting, seen: list[Tensor]) -> Callable[..., None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = bind_arguments(block.positional, args, kwargs)
-        plan = block.program(bound).plan
-        tokens = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None][plan.stream]
+        program, values = block.read_call(args, kwargs)
+        plan, tokens = program.plan, values[program.plan.stream]
         weight = whole(router_vector(module)).to(tokens.device)
         seen.append(score_tokens(tokens, weight, plan.token_axis, plan.batch_axis).cpu())
 

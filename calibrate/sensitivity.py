@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import bind_arguments, iterate_leaves
+from ..arguments import iterate_leaves
 from ..errors import CalibrationError
 from ..learning import dense
 from ..memory import foretell
@@ -79,10 +79,8 @@ class _Meter:
         return mean
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        bound = bind_arguments(self.block.positional, args, kwargs)
-        program = self.block.program(bound)
+        program, values = self.block.read_call(args, kwargs)
         plan, index = program.plan, program.plan.routed_output
-        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
         tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
         known = plan.outputs[index]
         axes = (known.batch_axis, known.dims.index("N"))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import bind_arguments, iterate_leaves
+from ..arguments import iterate_leaves
 from ..learning import dense
 from ..routed import BlockRouting, ModelRouting, router_weight
 from ..sharding import like, whole
@@ -89,9 +89,8 @@ def _ridge(xx: Tensor, xy: Tensor, x: Tensor, y: Tensor, count: Tensor) -> Tenso
 
 def _observer(block: BlockRouting, moments: _Moments) -> Callable[..., None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        bound = bind_arguments(block.positional, args, kwargs)
-        plan = block.program(bound).plan
-        tokens = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None][plan.stream]
+        program, values = block.read_call(args, kwargs)
+        plan, tokens = program.plan, values[program.plan.stream]
         outputs = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
         result = outputs[plan.routed_output].double()
         update = result if plan.is_branch else result - tokens.double()

@@ -91,6 +91,11 @@ def iterate_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
+def given_leaves(bound: dict[str, Any]) -> list[Any]:
+    """The leaves of a bound call, in order; one that is ``None`` counts as absent."""
+    return [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+
+
 def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()) -> Any:
     """``value`` with every leaf replaced by ``function(path, leaf)``; containers are made anew."""
     if isinstance(value, tuple | list):

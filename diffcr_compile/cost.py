@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import ExampleInputs, bind_arguments, bind_inputs, iterate_leaves, map_leaves
+from .arguments import ExampleInputs, bind_inputs, iterate_leaves, map_leaves
 from .config import BudgetKind
 from .dry_run import dry_run, shadow
 from .errors import CaptureError
@@ -241,14 +241,11 @@ def _memory(block: BlockRouting, call: tuple[Any, Any]) -> int:
     config = block.model.config
     if config.skip != "reuse":
         return 0
-    bound = bind_arguments(block.positional, *call)
-    values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
-    program = block.program(bound)
+    program, values = block.read_call(*call)
     now = torch.zeros(1, device=values[program.plan.stream].device)
     return allocate(program.plan, values, config, now, now).nbytes
 
 
 def _num_tokens(block: BlockRouting, call: tuple[Any, Any]) -> int:
-    bound = bind_arguments(block.positional, *call)
-    plan = block.program(bound).plan
-    return [leaf for _, leaf in iterate_leaves(bound) if leaf is not None][plan.stream].shape[plan.token_axis]
+    program, values = block.read_call(*call)
+    return values[program.plan.stream].shape[program.plan.token_axis]

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import Signature, bind_arguments, iterate_leaves, map_leaves, signature_of
+from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, map_leaves, signature_of
 from .config import DiffCRConfig
 from .context import ContextGraph, ContextKey, context_key
 from .errors import CaptureError, NotTransformedError, UnsupportedError
@@ -143,7 +143,7 @@ class Program:
     def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
         """The leaves of a bound call, after a check that the lengths which follow the tokens do so here; what the caller leaves to
         be broadcast over the samples is given to each."""
-        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
+        values = given_leaves(bound)
         stream = values[self.plan.stream]
         num_tokens, batch = stream.shape[self.plan.token_axis], stream.shape[self.plan.batch_axis]
         for leaf, value in zip(self.plan.leaves, values, strict=True):
@@ -298,6 +298,11 @@ class BlockRouting(_Whole):
         if program is None:
             raise UnsupportedError(self._unknown_call(bound))
         return program
+
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, list[Any]]:
+        """The program for a call of this block, and the call's leaves in the order of the program's plan."""
+        bound = bind_arguments(self.positional, args, kwargs)
+        return self.program(bound), given_leaves(bound)
 
     def _unknown_call(self, bound: dict[str, Any]) -> str:
         found = dict(signature_of(bound))
