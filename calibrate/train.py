@@ -16,6 +16,7 @@ from ..cost import CostModel, measure_costs
 from ..errors import UnsupportedError
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
+from ..lower import unlowered
 from ..routed import ROUTER, ModelRouting, router_weight, settle
 from ..sharding import local
 from ..table import write_table
@@ -200,15 +201,12 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
     before = [local(tensor.detach()).to("cpu", copy=True) for tensor in learned]
     rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
     degree, learning = state.degree, state.learning
-    lowered = state.lowered
     try:
-        if lowered is not None:
-            lowered.remove(model)
         for parameter in needed:
             parameter.grad = None
         learnables(model, state).ratios.grad = None
         state.learning = None
-        with torch.enable_grad():
+        with unlowered(model, state), torch.enable_grad():
             yield
     except BaseException:
         with torch.no_grad():
@@ -224,5 +222,3 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
             parameter.requires_grad_(flag)
             parameter.grad = gradient
         state.learning = learning
-        if lowered is not None:
-            lowered.install(model)

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from .cost import CostModel, block_shapes
-from .lower import Lowered
+from .lower import Lowered, unlowered
 from .ratios import BIN, SCALE
 from .region import pin_region
 from .routed import ModelRouting, routing_of
@@ -130,10 +130,9 @@ def _compiled_by_block(model: nn.Module, state: ModelRouting) -> Iterator[None]:
         yield
         return
     regional = Lowered("regional", {"fullgraph": True, "dynamic": False}, clone_outputs=False)
-    lowered.remove(model)
-    regional.install(model)
-    try:
-        yield
-    finally:
-        regional.remove(model)
-        lowered.install(model)
+    with unlowered(model, state):
+        regional.install(model)
+        try:
+            yield
+        finally:
+            regional.remove(model)

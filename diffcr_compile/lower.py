@@ -9,9 +9,10 @@ counts recompilations per code object and falls back to eager without a word whe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -202,6 +203,21 @@ class Lowered:
 
 def _shapes(call: Any) -> tuple[torch.Size, ...]:
     return tuple(leaf.shape for _, leaf in iterate_leaves(call) if isinstance(leaf, Tensor))
+
+
+@contextlib.contextmanager
+def unlowered(model: nn.Module, state: ModelRouting) -> Iterator[None]:
+    """Inside, the model runs without what ``lower`` put in place; afterwards with it again, unless it was restored or lowered anew
+    meanwhile."""
+    lowered, state.lowered = state.lowered, None
+    if lowered is not None:
+        lowered.remove(model)
+    try:
+        yield
+    finally:
+        if lowered is not None and state.lowered is None and model.__dict__.get(STATE) is state:
+            state.lowered = lowered
+            lowered.install(model)
 
 
 def _block_body(

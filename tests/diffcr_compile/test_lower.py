@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffcr_compile
+from diffcr_compile.lower import unlowered
 from diffcr_compile.routed import routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
@@ -390,3 +392,48 @@ def test_a_lowered_model_trains() -> None:
     assert all(
         relative_error(found, expected) < TOLERANCE for found, expected in zip(gradients[1], gradients[0], strict=True)
     )
+
+
+class TestUnlowered:
+    @pytest.mark.parametrize("scope", ["full", "regional"])
+    def test_runs_eagerly_inside_and_compiled_again_after_an_error(self, scope: str) -> None:
+        eager, model, counter = lowered(0.2, scope)
+        with contextlib.suppress(ZeroDivisionError), unlowered(model, routing_of(model)):
+            assert same_bits(run(model), run(eager))
+            with unlowered(model, routing_of(model)):
+                assert same_bits(run(model), run(eager))
+            assert same_bits(run(model), run(eager))
+            assert counter.frame_count == 0
+            raise ZeroDivisionError
+        assert same_bits(run(model), run(eager))
+        assert counter.frame_count > 0
+
+    @pytest.mark.parametrize("scope", ["full", "regional"])
+    def test_leaves_a_model_restored_inside_alone(self, scope: str) -> None:
+        _, model, counter = lowered(0.2, scope)
+        with unlowered(model, routing_of(model)):
+            diffcr_compile.restore(model)
+        assert same_snapshot(snapshot(model), snapshot(original(PLAIN)))
+        assert same_bits(run(model), run(original(PLAIN)))
+        assert counter.frame_count == 0
+
+    def test_leaves_a_model_lowered_anew_inside_so(self) -> None:
+        eager, model, before = lowered(0.2, "full")
+        counter = eager_backend()
+        with unlowered(model, routing_of(model)):
+            diffcr_compile.lower(model, scope="regional", backend=counter)
+        assert same_bits(run(model), run(eager))
+        assert (before.frame_count, counter.frame_count) == (0, 1)
+        assert routing_of(model).lowered.scope == "regional"
+
+    def test_calibration_inside_trace_leaves_the_trace_eager(self) -> None:
+        _, model, counter = lowered(0.0, "full")
+        config = diffcr_compile.CalibrationConfig(preset="training-free")
+        with diffcr_compile.trace(model) as seen:
+            diffcr_compile.calibrate(model, [tiny_inputs(PLAIN, timestep=500.0)], budget=0.9, config=config)
+            calls = len(seen.kept["blocks.0"])
+            run(model)
+        assert len(seen.kept["blocks.0"]) == calls + 1
+        assert counter.frame_count == 0
+        run(model)
+        assert counter.frame_count > 0
