@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..learning import dense
+from ..observe import watch_calls
 from ..primitives import score_tokens, select_tokens
 from ..routed import BlockRouting, ModelRouting, router_vector
 from ..sharding import whole
@@ -26,17 +27,16 @@ def examine_routers(
 ) -> tuple[Histograms, tuple[str, ...]]:
     """Histograms of every router's scores on dense forwards, and what is wrong with them, by block."""
     scores: dict[str, list[Tensor]] = {block.fqn: [] for block in state.blocks}
-    handles = [
-        model.get_submodule(block.fqn).register_forward_pre_hook(_observer(block, scores[block.fqn]), with_kwargs=True)
-        for block in state.blocks
-    ]
-    try:
-        with dense(model):
-            for batch in as_routers_see(model, state, batches):
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def observe(block: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        program, values = block.read_call(args, kwargs)
+        plan, tokens = program.plan, values[program.plan.stream]
+        weight = whole(router_vector(model.get_submodule(block.fqn))).to(tokens.device)
+        scores[block.fqn].append(score_tokens(tokens, weight, plan.token_axis, plan.batch_axis).cpu())
+
+    with dense(model), watch_calls(model, state, before=observe):
+        for batch in as_routers_see(model, state, batches):
+            model(**batch)
     found = [remark for block in state.blocks for remark in _remarks(block, scores[block.fqn])]
     return tuple(_histogram(scores[block.fqn]) for block in state.blocks), tuple(found)
 
@@ -52,16 +52,6 @@ def examine_table(table: Tensor, budget: float) -> tuple[str, ...]:
     if len(table) > 1 and bool((table == table[0]).all()):
         return ("every timestep region has the same row: nothing was learned about timesteps",)
     return ()
-
-
-def _observer(block: BlockRouting, seen: list[Tensor]) -> Callable[..., None]:
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        program, values = block.read_call(args, kwargs)
-        plan, tokens = program.plan, values[program.plan.stream]
-        weight = whole(router_vector(module)).to(tokens.device)
-        seen.append(score_tokens(tokens, weight, plan.token_axis, plan.batch_axis).cpu())
-
-    return observe
 
 
 def _histogram(scores: list[Tensor]) -> tuple[float, float, tuple[int, ...]]:

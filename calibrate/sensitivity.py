@@ -17,6 +17,7 @@ from ..arguments import iterate_leaves
 from ..errors import CalibrationError
 from ..learning import dense
 from ..memory import foretell
+from ..observe import watch_calls
 from ..primitives import score_tokens, share_scores
 from ..ratios import BIN, SCALE
 from ..region import regions_of_call, timestep_value
@@ -41,20 +42,13 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
     """
     trajectory = Trajectory()
     meters = [_Meter(block, model, state, trajectory) for block in state.blocks]
-    handles = [
-        model.get_submodule(meter.block.fqn).register_forward_hook(meter.observe, with_kwargs=True) for meter in meters
-    ]
-    try:
-        with dense(model):
-            for batch in batches if state.config.skip == "reuse" else as_routers_see(model, state, batches):
-                if state.plan.timestep is not None:
-                    trajectory.advance(timestep_value(batch, state.plan.timestep, model), ())
-                for meter in meters:
-                    meter.regions = regions_of_call(model, state, batch)
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with dense(model), watch_calls(model, state, after=lambda block, *call: meters[block.index].observe(*call)):
+        for batch in batches if state.config.skip == "reuse" else as_routers_see(model, state, batches):
+            if state.plan.timestep is not None:
+                trajectory.advance(timestep_value(batch, state.plan.timestep, model), ())
+            for meter in meters:
+                meter.regions = regions_of_call(model, state, batch)
+            model(**batch)
     if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):
         raise CalibrationError(NO_TRAJECTORY)
     return torch.stack([meter.mean() for meter in meters], dim=1)
@@ -65,6 +59,7 @@ class _Meter:
 
     def __init__(self, block: BlockRouting, model: nn.Module, state: ModelRouting, trajectory: Trajectory) -> None:
         self.block, self.config, self.trajectory = block, state.config, trajectory
+        self.module = model.get_submodule(block.fqn)
         self.regions: list[int] = [0]
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64) / SCALE
@@ -78,7 +73,7 @@ class _Meter:
         mean[~seen] = mean[seen].mean(dim=0) if bool(seen.any()) else 0.0
         return mean
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         program, values = self.block.read_call(args, kwargs)
         plan, index = program.plan, program.plan.routed_output
         tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
@@ -91,7 +86,7 @@ class _Meter:
         if self.config.skip == "reuse":
             errors = self._stale_errors(update[:, :: -(-update.shape[1] // MEASURED_TOKENS)])
         else:
-            scores = score_tokens(values[plan.stream], router_vector(module), plan.token_axis, plan.batch_axis)
+            scores = score_tokens(values[plan.stream], router_vector(self.module), plan.token_axis, plan.batch_axis)
             errors = self._omitted(update, share_scores(scores) if self.config.guidance == "shared" else scores)
         if errors is not None:
             self._add(errors / scale.clamp(min=1e-12))

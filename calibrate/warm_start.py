@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import iterate_leaves
 from ..learning import dense
+from ..observe import watch_calls
 from ..routed import BlockRouting, ModelRouting, router_weight
 from ..sharding import like, whole
 from .batches import as_routers_see
@@ -27,17 +28,20 @@ def fit_routers(model: nn.Module, state: ModelRouting, batches: Iterable[dict[st
     sees the timestep is fitted region by region; a region without tokens takes the vector of all.
     """
     sums = {block.fqn: _Moments(router_weight(model.get_submodule(block.fqn))) for block in state.blocks}
-    handles = [
-        model.get_submodule(block.fqn).register_forward_hook(_observer(block, sums[block.fqn]), with_kwargs=True)
-        for block in state.blocks
-    ]
-    try:
-        with dense(model):
-            for batch in as_routers_see(model, state, batches):
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def observe(block: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        program, values = block.read_call(args, kwargs)
+        plan, tokens = program.plan, values[program.plan.stream]
+        outputs = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+        result = outputs[plan.routed_output].double()
+        update = result if plan.is_branch else result - tokens.double()
+        size = update.square().mean(-1).clamp(min=1e-12).log() / 2
+        row = state.region() if state.config.router == "timestep" else 0
+        sums[block.fqn].add(tokens.reshape(-1, tokens.shape[-1]), size.reshape(-1), row)
+
+    with dense(model), watch_calls(model, state, after=observe):
+        for batch in as_routers_see(model, state, batches):
+            model(**batch)
     for block in state.blocks:
         sums[block.fqn].solve()
 
@@ -85,17 +89,3 @@ def _ridge(xx: Tensor, xy: Tensor, x: Tensor, y: Tensor, count: Tensor) -> Tenso
     vector = torch.linalg.solve(covariance + ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device), target)
     spread = (vector @ covariance @ vector).clamp(min=0).sqrt()
     return vector / spread if float(spread) > 0 else None
-
-
-def _observer(block: BlockRouting, moments: _Moments) -> Callable[..., None]:
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        program, values = block.read_call(args, kwargs)
-        plan, tokens = program.plan, values[program.plan.stream]
-        outputs = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
-        result = outputs[plan.routed_output].double()
-        update = result if plan.is_branch else result - tokens.double()
-        size = update.square().mean(-1).clamp(min=1e-12).log() / 2
-        row = block.model.region() if block.model.config.router == "timestep" else 0
-        moments.add(tokens.reshape(-1, tokens.shape[-1]), size.reshape(-1), row)
-
-    return observe

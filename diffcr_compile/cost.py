@@ -16,6 +16,7 @@ from .dry_run import dry_run, shadow
 from .errors import CaptureError
 from .flops import count_flops
 from .memory import allocate
+from .observe import watch_calls
 from .ratios import BIN, SCALE, capacity
 from .routed import BlockRouting, ModelRouting, forward_at, prepare_context, routing_of, settle
 from .sharding import is_sharded
@@ -185,15 +186,14 @@ def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostMod
     modules = [model.get_submodule(block.fqn) for block in state.blocks]
     calls: dict[str, list[tuple[Any, Any]]] = {block.fqn: [] for block in state.blocks}
     state.dense, state.observers, state.masters = True, [], None
-    handles = []
-    for block, module in zip(state.blocks, modules, strict=True):
+    for block in state.blocks:
         block.compiled = None
-        handles.append(module.register_forward_pre_hook(_recorder(calls[block.fqn]), with_kwargs=True))
     with dry_run(model, fake=fake) as convert:
-        with count_flops() as counter:
+        with (
+            count_flops() as counter,
+            watch_calls(model, state, before=lambda block, *call: calls[block.fqn].append(call)),
+        ):
             model(**map_leaves(convert, inputs))
-        for handle in handles:
-            handle.remove()  # a graph that is yet to be exported would call them
         state.dense = False
         known: dict[Any, BlockCost] = {}
         blocks = []
@@ -203,10 +203,6 @@ def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostMod
                 known[key] = _measure_block(block, module, calls[block.fqn])
             blocks.append(known[key])
     return CostModel(counter.get_total_flops(), tuple(blocks))
-
-
-def _recorder(calls: list[tuple[Any, Any]]) -> Any:
-    return lambda module, args, kwargs: calls.append((args, kwargs))
 
 
 def block_shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:

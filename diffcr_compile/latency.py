@@ -14,7 +14,9 @@ from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from .cost import CostModel, block_shapes
+from .learning import dense
 from .lower import Lowered, unlowered
+from .observe import watch_calls
 from .ratios import BIN, SCALE
 from .region import pin_region
 from .routed import ModelRouting, routing_of
@@ -107,18 +109,8 @@ def _medians(functions: list[Callable[[], Any]], rounds: int) -> list[float]:
 def _record_calls(model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
     """What every block is called with in one dense forward."""
     calls: dict[str, list[tuple[Any, Any]]] = {block.fqn: [] for block in state.blocks}
-
-    def recorder(fqn: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: calls[fqn].append((args, kwargs))
-
-    handles = [model.get_submodule(fqn).register_forward_pre_hook(recorder(fqn), with_kwargs=True) for fqn in calls]
-    before, state.dense = state.dense, True
-    try:
+    with dense(model), watch_calls(model, state, before=lambda block, *call: calls[block.fqn].append(call)):
         model(**inputs)
-    finally:
-        state.dense = before
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -1,4 +1,4 @@
-"""Watch a model: what its denoiser is fed (``record``), and which tokens its blocks keep (``trace``)."""
+"""Watch a model: what its denoiser is fed (``record``), which tokens its blocks keep (``trace``), how they are called."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from .arguments import Path, bind_arguments, map_leaves, positional_names
 from .eager import force_eager
 from .recording import Recording
 from .region import region_of, timestep_value
-from .routed import routing_of, settle
+from .routed import BlockRouting, ModelRouting, routing_of, settle
 from .unwrap import unwrap
 
 
@@ -125,6 +125,37 @@ def trace(model: nn.Module) -> Iterator[Trace]:
             yield seen
         finally:
             state.observers.remove(observe)
+
+
+@contextlib.contextmanager
+def watch_calls(
+    model: nn.Module,
+    state: ModelRouting,
+    *,
+    before: Callable[..., object] | None = None,
+    after: Callable[..., object] | None = None,
+) -> Iterator[None]:
+    """Inside, every call of a routed block is shown to ``before(block, args, kwargs)`` as it comes in, and to
+    ``after(block, args, kwargs, output)`` once it has run."""
+
+    def show(observe: Callable[..., object], block: BlockRouting) -> Callable[..., None]:
+        def hook(_: nn.Module, *call: Any) -> None:
+            observe(block, *call)
+
+        return hook
+
+    handles = []
+    for block in state.blocks:
+        module = model.get_submodule(block.fqn)
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(show(before, block), with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(show(after, block), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _to_cpu(_: Path, leaf: Any) -> Any:

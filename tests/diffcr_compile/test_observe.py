@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 
 import diffcr_compile
+from diffcr_compile.observe import watch_calls
+from diffcr_compile.routed import routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
 
@@ -84,3 +89,24 @@ def _run_and_fail(model: TinyDiT) -> diffcr_compile.Trace:
             raise ZeroDivisionError
     except ZeroDivisionError:
         return seen
+
+
+def test_calls_are_watched_before_and_after_and_no_longer_after_an_error(model: TinyDiT) -> None:
+    state, hooks = routing_of(model), snapshot(model)
+    seen: list[Any] = []
+    watched = watch_calls(
+        model,
+        state,
+        before=lambda block, args, kwargs: seen.append(("before", block.fqn, args[0])),
+        after=lambda block, args, kwargs, output: seen.append(("after", block.fqn, output)),
+    )
+    with contextlib.suppress(ZeroDivisionError), watched:
+        output = model(**tiny_inputs(SHAPE))
+        raise ZeroDivisionError
+    expected = [(when, block.fqn) for block in state.blocks for when in ("before", "after")]
+    assert [(when, fqn) for when, fqn, _ in seen] == expected
+    assert same_bits(seen[1][2], seen[2][2]), "a block takes what the one before it returns"
+    assert same_bits(model.head(seen[-1][2]), output)
+    assert same_snapshot(snapshot(model), hooks)
+    model(**tiny_inputs(SHAPE))
+    assert len(seen) == len(expected)
