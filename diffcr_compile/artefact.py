@@ -125,7 +125,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for block in state.blocks:
             getattr(model.get_submodule(block.fqn), ROUTER).fill(tensors[block.fqn])
         write_table(state, table)
-        state.trained, state.degree, state.report = trained, degree, _read_report(source)
+        state.trained, state.degree = trained, degree
     except Exception:
         restore(model)
         raise
@@ -215,16 +215,6 @@ def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan, config:
     if len(tensors) > len(found) or found != {fqn: (*rows, width) for fqn, width in widths.items()}:
         raise ArtefactError(f"{file} does not hold one router of floating numbers for each block of the plan.")
     return tensors
-
-
-def _read_report(source: Path) -> dict[str, Any] | None:
-    """Of the calibration, to be saved again; None where there is none that can be read, which nothing here depends on."""
-    file = source / _REPORT
-    try:
-        report = json.loads(file.read_text()) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return report if isinstance(report, dict) else None
 
 
 def _check_table(source: Path, table: Any, trained: Any, degree: float, plan: ModelPlan, config: DiffCRConfig) -> None:

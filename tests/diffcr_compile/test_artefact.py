@@ -170,26 +170,13 @@ def test_the_working_directory_is_a_place(model: TinyDiT, tmp_path: Path, monkey
     assert same_bits(diffcr_compile.load(original(SHAPE), ".")(**INPUTS), model(**INPUTS))
 
 
-def test_the_report_comes_and_goes_with_its_calibration(model: TinyDiT, tmp_path: Path) -> None:
-    """A routing that was loaded is saved with its report; one without a report leaves none of another routing's."""
+def test_no_report_of_another_routing_stays(model: TinyDiT, tmp_path: Path) -> None:
     config = diffcr_compile.CalibrationConfig(steps=2, trainable="routers")
     diffcr_compile.calibrate(model, [INPUTS], budget=0.8, config=config)
     diffcr_compile.save(model, tmp_path / "routing")
-    report = (tmp_path / "routing" / "report.json").read_text()
-    other = diffcr_compile.load(original(SHAPE), tmp_path / "routing")
-    for target in ("routing", "elsewhere"):
-        diffcr_compile.save(other, tmp_path / target)
-        assert (tmp_path / target / "report.json").read_text() == report
+    assert (tmp_path / "routing" / "report.json").is_file()
     diffcr_compile.save(routed(SHAPE), tmp_path / "routing")
     assert not (tmp_path / "routing" / "report.json").exists()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
-def test_a_damaged_report_hinders_no_load(saved: Path, text: str) -> None:
-    (saved / "report.json").write_text(text)
-    other = diffcr_compile.load(original(SHAPE), saved)
-    diffcr_compile.save(other, saved)
-    assert not (saved / "report.json").exists()
 
 
 def test_save_touches_nothing_of_anothers(model: TinyDiT, tmp_path: Path) -> None:
