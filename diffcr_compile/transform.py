@@ -13,7 +13,7 @@ from .arguments import ExampleInputs, bind_inputs
 from .config import DiffCRConfig
 from .cost import cost_model
 from .dry_run import describe_inputs
-from .errors import AlreadyTransformedError, NotTransformedError, UnsupportedError
+from .errors import AlreadyTransformedError, BlockNotFoundError, NotTransformedError, UnsupportedError
 from .fingerprint import fingerprint
 from .passes.analysis import ModelAnalysis, Refused, run_passes
 from .passes.blocks import find_blocks
@@ -37,6 +37,9 @@ PASSES = (
 )
 """Looking, in order; each takes and returns a ``ModelAnalysis``. ``route_blocks`` then changes the model."""
 
+_IMPOSSIBLE = (BlockNotFoundError, UnsupportedError)
+"""What a search says of the model itself: another call of it would find the same."""
+
 
 def transform(
     model: nn.Module,
@@ -56,7 +59,7 @@ def transform(
         DistributedDataParallel) the module inside is routed, and returned: wrap that, an old wrapper knows of no routers.
     config: see :class:`DiffCRConfig`.
     example_inputs: keyword arguments of ``model.forward``, or ``(args, kwargs)``. None: the blocks are looked for at the
-        first forward, with its inputs.
+        first forward, with its inputs; at the next one if the model refuses those.
     filter_fn: ``(module, fqn) -> bool``; which of the found blocks may be routed.
 
     Raises AlreadyTransformedError, CaptureError (the model refuses the inputs), BlockNotFoundError (nothing can be routed;
@@ -101,8 +104,8 @@ def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
     try:
         check_plan(plan, model, state.config)
         route_blocks(model, plan, state)
-    except Exception:
-        state.outlined.undo()
+    except BaseException:
+        _take_off(model, state)
         raise
     model.__dict__[STATE] = state
     add_region_hooks(model)
@@ -115,23 +118,27 @@ class _Search:
         self.filter_fn = filter_fn
 
     def __call__(self, model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> None:
+        """Where it fails the model is as it was: the search is owed still, but for what it found to be impossible."""
         owed, state.deferred = state.deferred, None
+        try:
+            self._find_and_route(model, state, inputs)
+        except BaseException as error:
+            _take_off(model, state)
+            state.deferred = owed
+            if owed is not None and isinstance(error, _IMPOSSIBLE):
+                restore(model)
+            raise
+
+    def _find_and_route(self, model: nn.Module, state: ModelRouting, inputs: dict[str, Any]) -> None:
         check_untouched(model)
         state.fingerprint = fingerprint(model)
         state.outlined = outline_blocks(model)
-        try:
-            start = ModelAnalysis(model, state.config, inputs, self.filter_fn)
-            analysis = run_passes(PASSES, start)
-            if not analysis.sites and not analysis.refusals:
-                analysis = _search_graph(model, state, start, analysis)
-            route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
-            state.example_inputs = describe_inputs(inputs)
-        except Exception:
-            if state.outlined is not None:
-                state.outlined.undo()
-            if owed is not None:
-                restore(model)
-            raise
+        start = ModelAnalysis(model, state.config, inputs, self.filter_fn)
+        analysis = run_passes(PASSES, start)
+        if not analysis.sites and not analysis.refusals:
+            analysis = _search_graph(model, state, start, analysis)
+        route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
+        state.example_inputs = describe_inputs(inputs)
 
 
 def _search_graph(model: nn.Module, state: ModelRouting, start: ModelAnalysis, found: ModelAnalysis) -> ModelAnalysis:
@@ -155,10 +162,16 @@ def restore(model: nn.Module) -> nn.Module:
         raise NotTransformedError(f"{type(model).__name__} is not transformed, so there is nothing to restore.")
     if state.lowered is not None:
         state.lowered.remove(model)
+    _take_off(model, state)
+    remove_region_hooks(model)
+    del model.__dict__[STATE]
+    return model
+
+
+def _take_off(model: nn.Module, state: ModelRouting) -> None:
+    """The blocks as they were, and found by nobody."""
     for block in state.blocks:
         unbind(model.get_submodule(block.fqn))
     if state.outlined is not None:
         state.outlined.undo()
-    remove_region_hooks(model)
-    del model.__dict__[STATE]
-    return model
+    state.blocks, state.plan, state.outlined = [], None, None  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -109,6 +110,82 @@ def test_a_deferred_model_is_searched_once_at_its_first_forward() -> None:
     routers = [id(block.diffcr_router) for block in model.blocks]
     model(**INPUTS)
     assert routers == [id(block.diffcr_router) for block in model.blocks]
+
+
+CONFIG = DiffCRConfig(num_regions=2)
+
+
+def owing() -> TinyDiT:
+    return diffcr_compile.transform(original(SHAPE), CONFIG, filter_fn=lambda module, fqn: fqn != "blocks.1")
+
+
+def assert_owed(model: TinyDiT) -> None:
+    """The next forward does what was asked for."""
+    assert same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
+    assert tuple(diffcr_compile.ratios(model).shape) == (2, 2)
+    diffcr_compile.restore(model)
+    assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: model(INPUTS["x"]),
+        lambda model: diffcr_compile.cost(model, {"x": INPUTS["x"]}),
+        lambda model: diffcr_compile.calibrate(model, [{"x": INPUTS["x"]}], budget=0.8),
+    ],
+    ids=["forward", "cost", "calibrate"],
+)
+def test_a_first_call_that_the_model_refuses_leaves_the_search_owed(act: Any) -> None:
+    model = owing()
+    with pytest.raises(diffcr_compile.CaptureError, match="TinyDiT"):
+        act(model)
+    with pytest.raises(diffcr_compile.CaptureError, match="have not been looked for yet"):
+        diffcr_compile.explain(model)
+    assert_owed(model)
+
+
+@pytest.mark.parametrize("name", ["check_untouched", "outline_blocks", "run_passes", "route_blocks", "describe_inputs"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_search_that_is_interrupted_leaves_the_search_owed(
+    name: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> Any:
+        raise error
+
+    model = owing()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["diffcr_compile.transform"], name, interrupt)
+        with pytest.raises(error):
+            model(**INPUTS)
+    assert_owed(model)
+
+
+@pytest.mark.parametrize("name", ["outline_blocks", "describe_inputs"])
+def test_a_search_at_transform_that_is_interrupted_leaves_the_model_plain(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = original(SHAPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["diffcr_compile.transform"], name, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            diffcr_compile.transform(model, example_inputs=INPUTS)
+    assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
+    assert same_bits(kept_share(diffcr_compile.transform(model, example_inputs=INPUTS)), kept_share(routed(SHAPE)))
+
+
+def test_a_first_forward_with_a_wrapped_block_leaves_the_model_plain() -> None:
+    """A refusal for good: the message says to transform first, which then works."""
+    model = diffcr_compile.transform(original(SHAPE))
+    own = model.blocks[0].forward
+    model.blocks[0].forward = lambda *args, **kwargs: own(*args, **kwargs)  # type: ignore[method-assign]
+    with pytest.raises(diffcr_compile.UnsupportedError, match="Call transform first"):
+        model(**INPUTS)
+    with pytest.raises(diffcr_compile.NotTransformedError):
+        diffcr_compile.set_ratios(model, 0.5)
+    del model.blocks[0].forward
+    assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
+    assert same_bits(kept_share(diffcr_compile.transform(model, example_inputs=INPUTS)), kept_share(routed(SHAPE)))
 
 
 def test_restore_from_deferred() -> None:
