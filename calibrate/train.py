@@ -94,10 +94,8 @@ def calibrate(
     for share in budgets:
         check_reachable(task.costs, share)
     learned = _weights_that_learn(model, config)
-    with _as_before(model, state, learned):
-        state.costs = flops
-        with _trainable(model, state, config):
-            return Learner(model, state, read, task, kept).execute()
+    with _as_before(model, state, learned), _trainable(model, state, config):
+        return Learner(model, state, read, task, kept).execute()
 
 
 def _check_budgets(budget: float | Sequence[float]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import ExampleInputs, bind_inputs, iterate_leaves, map_leaves
 from .config import BudgetKind
-from .dry_run import dry_run, shadow
+from .dry_run import describe_inputs, dry_run, shadow
 from .errors import CaptureError
 from .flops import count_flops
 from .memory import allocate
@@ -137,21 +137,27 @@ def cost(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Cost:
     """FLOPs of the model, dense and at its present table.
 
     example_inputs: keyword arguments of ``model.forward``, or ``(args, kwargs)`` (only shapes, and the values of integers,
-    matter); None: as when the model was transformed. Raises NotTransformedError, CaptureError, TypeError.
+    matter); None: those that the model was transformed with or, where it was loaded, first measured with. Raises
+    NotTransformedError, CaptureError, TypeError.
     """
     model = unwrap(model)
     inputs = None if example_inputs is None else bind_inputs(model, example_inputs)
     state = settle(model, inputs)
     costs = cost_model(model) if inputs is None else measure_costs(model, inputs)
-    state.costs = state.costs or costs
     rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
     memory = sum(block.memory for block, routing in zip(costs.blocks, state.blocks, strict=True) if any(routing.ratios))
     return Cost(int(costs.dense), tuple(int(costs.row_cost(row)) for row in rows), memory)
 
 
 def cost_model(model: nn.Module) -> CostModel:
-    """The cost model of a transformed model, on inputs as it was last measured with (first: as it was transformed with)."""
+    """The cost model of a transformed model, on the inputs that it was transformed with; where it was loaded, on the first that it
+    was measured with. Raises CaptureError where there were none yet."""
     state = settle(model)
+    if state.costs is None and not state.example_inputs:
+        raise CaptureError(
+            f"{type(model).__name__} was loaded, which takes no inputs, so what it costs is unknown. Call "
+            "diffcr_compile.cost(model, example_inputs) once; later calls, and budget_loss, then need none."
+        )
     if state.costs is None:
         state.costs = measure_costs(model, state.example_inputs)
     return state.costs
@@ -160,16 +166,22 @@ def cost_model(model: nn.Module) -> CostModel:
 def measure_costs(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
     """Count the FLOPs of a model and of each of its blocks on ``inputs``, under fake tensors where the model allows.
 
-    A model sharded by FSDP2 can't be looked at any more: what was counted before, when ``transform`` had its inputs, is taken.
+    A model sharded by FSDP2 can't be looked at any more: what was counted last, by ``cost`` or ``transform``, is taken.
     """
-    if is_sharded(model):
-        known: CostModel | None = routing_of(model).costs
-        if known is None:
-            raise CaptureError(
-                f"{type(model).__name__} is sharded, so its FLOPs can't be counted. Before fully_shard, call "
-                "transform(model, example_inputs=...) in the process group, or diffcr_compile.cost(model, inputs)."
-            )
-        return known
+    state: ModelRouting = routing_of(model)
+    if not is_sharded(model):
+        state.measured = _measure_shadow(model, inputs)
+        if not state.example_inputs:
+            state.example_inputs, state.costs = describe_inputs(inputs), state.measured
+    if state.measured is None:
+        raise CaptureError(
+            f"{type(model).__name__} is sharded, so its FLOPs can't be counted. Before fully_shard, call "
+            "transform(model, example_inputs=...) in the process group, or diffcr_compile.cost(model, inputs)."
+        )
+    return state.measured
+
+
+def _measure_shadow(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
     errors = []
     for fake in (True, False):
         try:

@@ -197,9 +197,9 @@ class ModelRouting(_Whole):
     table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
     integers were last taken from it. learning: what blocks compute while they learn; dense: every block as it was. trained: the
     routers have been learned. rehearsal: with reuse, what forwards that learn find remembered, and leave as it is.
-    lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed
-    with. costs: the cost model on the inputs last measured. report: of the calibration that made the table. rebuild: rewrites a
-    block's graph for full context where its modules have changed.
+    lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with; of a loaded model, of the
+    first it was measured with. costs: the cost model on those; measured: on the inputs last measured. report: of the calibration
+    that made the table. rebuild: rewrites a block's graph for context from every token where its modules have changed.
     degree: with reuse, of the polynomial through a token's last updates that is followed, at most the configured one.
     outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
     observers: called with each block's name and kept tokens (B, K).
@@ -224,6 +224,7 @@ class ModelRouting(_Whole):
     outlined: Any = None
     fingerprint: str = ""
     costs: Any = None
+    measured: Any = None
     report: dict[str, Any] | None = None
     degree: float = None  # type: ignore[assignment]
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)

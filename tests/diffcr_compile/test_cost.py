@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from models import Shape, TinyDiT, original, reference_flops, routed, same_snapshot, snapshot, tiny_inputs
@@ -43,6 +46,46 @@ def test_inputs_may_be_given_by_position(settled: bool) -> None:
     expected = diffcr_compile.cost(routed(SHAPE), inputs)
     assert diffcr_compile.cost(model, ((inputs["x"],), {"timestep": inputs["timestep"]})) == expected
     assert diffcr_compile.cost(model, ((), inputs)) == expected
+
+
+LARGE = tiny_inputs(SHAPE, batch=2, num_tokens=40)
+
+
+def test_without_inputs_it_is_as_transformed_whatever_was_measured_since() -> None:
+    model = routed(SHAPE)
+    expected = reference_flops(lambda: original(SHAPE)(**tiny_inputs(SHAPE)))
+    share = float(diffcr_compile.budget_loss(routed(SHAPE), 0.5))
+    assert diffcr_compile.cost(model, LARGE).dense_flops > 2 * expected
+    assert diffcr_compile.cost(model).dense_flops == expected
+    config = diffcr_compile.CalibrationConfig(preset="training-free")
+    diffcr_compile.calibrate(model, [LARGE], budget=0.9, config=config)
+    diffcr_compile.set_ratios(model, 0.0)
+    assert diffcr_compile.cost(model).dense_flops == expected
+    assert float(diffcr_compile.budget_loss(model, 0.5)) == share
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> TinyDiT:
+    diffcr_compile.save(routed(SHAPE), tmp_path / "routing")
+    return diffcr_compile.load(original(SHAPE), tmp_path / "routing")
+
+
+@pytest.mark.parametrize("act", [diffcr_compile.cost, lambda model: diffcr_compile.budget_loss(model, 0.5)])
+def test_a_loaded_model_has_no_inputs_until_it_is_measured(loaded: TinyDiT, act: Any) -> None:
+    with pytest.raises(
+        diffcr_compile.CaptureError, match=r"TinyDiT was loaded.* Call diffcr_compile.cost\(model, example"
+    ):
+        act(loaded)
+    first = diffcr_compile.cost(loaded, LARGE)
+    diffcr_compile.cost(loaded, tiny_inputs(SHAPE))
+    assert diffcr_compile.cost(loaded) == first
+    assert act(loaded) is not None
+
+
+def test_a_loaded_model_takes_the_inputs_it_is_calibrated_with(loaded: TinyDiT) -> None:
+    config = diffcr_compile.CalibrationConfig(preset="training-free")
+    diffcr_compile.calibrate(loaded, [LARGE], budget=0.9, config=config)
+    assert diffcr_compile.cost(loaded) == diffcr_compile.cost(loaded, LARGE)
 
 
 def test_the_expected_share_is_the_share_at_bins_and_linear_between(model: TinyDiT) -> None:
