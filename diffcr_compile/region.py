@@ -210,8 +210,6 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
     follow_trajectory(model, state, bound)
     regions = resolve_regions(model, state, bound)
-    if torch.is_grad_enabled():
-        state.current.remember_regions(regions)
     state.current.region = state.last_region = regions[0]
     if len(set(regions)) == 1:
         return None
@@ -225,9 +223,26 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     state = routing_of(model)
-    if not isinstance(state, ModelRouting) or state.current.split is None:
+    if not isinstance(state, ModelRouting) or state.plan is None:
         return output
-    (groups, args, kwargs), state.current.split = state.current.split, None
+    regions = [state.region()]
+    if state.current.split is not None:
+        (groups, args, kwargs), state.current.split = state.current.split, None
+        output, regions = _run_other_groups(model, state, groups, args, kwargs, output), list(groups)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and (state.learning or state.needs_region):
+        state.tell_backward(output, regions)
+    return output
+
+
+def _run_other_groups(
+    model: nn.Module,
+    state: ModelRouting,
+    groups: dict[int, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> Any:
+    """The output of the whole batch, given that of its first group."""
     outputs = [output]
     for region, samples in list(groups.items())[1:]:
         group_args, group_kwargs = _run_later_hooks(model, *pick_samples(model, state, samples, args, kwargs))

@@ -44,8 +44,8 @@ Recalled = tuple[Memory, bool]
 class Current(threading.local):
     """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
     ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
-    several regions; ``differentiated``: the regions of the forwards that no backward has recomputed yet; ``trajectory``, with
-    reuse; ``recalled``: what each block remembers in this forward, where it runs in one graph of the whole model."""
+    several regions; ``trajectory``, with reuse; ``recalled``: what each block remembers in this forward, where it runs in one graph
+    of the whole model."""
 
     region: int | None = None
     pinned: bool = False
@@ -55,28 +55,6 @@ class Current(threading.local):
 
     def __init__(self) -> None:
         self.recalled: dict[int, Recalled] = {}
-        self.differentiated: set[int] = set()
-        self.recomputed = False
-
-    def remember_regions(self, regions: Sequence[int]) -> None:
-        """A forward in these regions may be differentiated; those before it have been, if any was recomputed."""
-        if self.recomputed:
-            self.differentiated.clear()
-            self.recomputed = False
-        self.differentiated.update(regions)
-
-    def check_recomputation(self, fqn: str) -> None:
-        """Gradient checkpointing runs a block again in backward, when the region of its forward is known only if all had the
-        same. Raises UnsupportedError."""
-        if torch._C._current_graph_task_id() == -1:
-            return
-        self.recomputed = True
-        if len(self.differentiated) > 1:
-            raise UnsupportedError(
-                f"{fqn} is recomputed in backward (gradient checkpointing) after forwards in timestep regions "
-                f"{sorted(self.differentiated)}, and which of them it belongs to is unknown. Let each backward follow forwards of "
-                "one region, or turn gradient checkpointing off."
-            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
         return Current()
@@ -202,7 +180,8 @@ class ModelRouting(_Whole):
     that made the table. rebuild: rewrites a block's graph for context from every token where its modules have changed.
     degree: with reuse, of the polynomial through a token's last updates that is followed, at most the configured one.
     outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
-    observers: called with each block's name and kept tokens (B, K).
+    observers: called with each block's name and kept tokens (B, K). reached: by number of a backward under way, the regions of the
+    forwards whose outputs it has come to.
     """
 
     config: DiffCRConfig
@@ -228,6 +207,7 @@ class ModelRouting(_Whole):
     report: dict[str, Any] | None = None
     degree: float = None  # type: ignore[assignment]
     observers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
+    reached: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.degree is None:
@@ -266,9 +246,42 @@ class ModelRouting(_Whole):
         self.synced = masters._version
 
     def region(self) -> int:
-        """The region of the forward under way; of the last one where a thread has none (recomputation in backward)."""
+        """The region of the forward under way; of the last one where a thread has none."""
         region = self.current.region
         return self.last_region if region is None else region
+
+    def tell_backward(self, outputs: Any, regions: Sequence[int]) -> None:
+        """A backward that comes to these outputs is told the regions of their forward, before it comes to anything else of it."""
+
+        def reach(_: Tensor) -> None:
+            task = torch._C._current_graph_task_id()
+
+            def forget() -> None:
+                del self.reached[task]
+
+            if task not in self.reached:
+                self.reached[task] = set()
+                torch.autograd.Variable._execution_engine.queue_callback(forget)  # when it ends
+            self.reached[task].update(regions)
+
+        for _, leaf in iterate_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(reach)
+
+    def find_recomputed(self, fqn: str) -> None:
+        """Gradient checkpointing runs a block again in backward: its region is that of the outputs which the backward came from.
+        Raises UnsupportedError where they lie in several, or where it came from none."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or self.current.pinned or not (self.learning or self.needs_region):
+            return
+        regions = self.reached.get(task, set())
+        if len(regions) != 1:
+            raise UnsupportedError(
+                f"{fqn} is recomputed in backward (gradient checkpointing) after forwards in timestep regions "
+                f"{sorted(regions)}, and which of them it belongs to is unknown. Let each backward follow forwards of "
+                "one region, from the model's outputs, or turn gradient checkpointing off."
+            )
+        (self.current.region,) = regions
 
 
 @dataclass(eq=False)
@@ -353,7 +366,7 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
         if routing is None or routing.model.dense:
             return base(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            routing.model.current.check_recomputation(routing.fqn)
+            routing.model.find_recomputed(routing.fqn)
         if routing.model.learning is not None:
             return routing.model.learning(self, routing, args, kwargs)
         if torch.compiler.is_compiling():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Shape, TinyDiT, original, relative_error, routed, same_bits, tiny_inputs
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig
@@ -192,3 +196,92 @@ def test_copies_have_regions_of_their_own(model: TinyDiT) -> None:
         assert not same_bits(model(**inputs(900.0, 10.0)), other(**inputs(900.0, 10.0)))
     diffcr_compile.restore(model)
     assert same_bits(model(**inputs(900.0, 10.0)), other(**inputs(900.0, 10.0)))
+
+
+# Gradient checkpointing: blocks run again in backward, when other forwards have long been under way.
+
+Checkpoint = Callable[..., Tensor]
+CHECKPOINTS = {
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "not reentrant": functools.partial(checkpoint, use_reentrant=False),
+}
+
+
+def around_blocks(model: TinyDiT, run: Checkpoint) -> TinyDiT:
+    """A copy whose blocks are called through ``run``, as diffusers' models do."""
+    other = copy.deepcopy(model)
+    for block in other.blocks:
+        block.forward = functools.partial(run, block.forward)  # type: ignore[method-assign]
+    return other
+
+
+def loss(model: TinyDiT, timestep: float) -> Tensor:
+    return model(**inputs(*[timestep] * 3)).square().sum()
+
+
+def gradients(model: TinyDiT) -> list[Tensor]:
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    assert len(found) > 3
+    return found
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def checkpointed(model: TinyDiT, request: pytest.FixtureRequest) -> TinyDiT:
+    return around_blocks(model, CHECKPOINTS[request.param])
+
+
+def test_forwards_that_are_never_differentiated_hinder_no_backward(model: TinyDiT, checkpointed: TinyDiT) -> None:
+    for one in (model, checkpointed):
+        kept = [loss(one, timestep) for timestep in (10.0, 900.0)]
+        loss(one, 300.0).backward()
+        assert len(kept) == 2
+    assert same_bits(gradients(checkpointed), gradients(model))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_between_a_forward_and_its_backward_changes_no_gradient(
+    model: TinyDiT, checkpointed: TinyDiT, grad: bool
+) -> None:
+    for one in (model, checkpointed):
+        value = loss(one, 300.0)
+        with torch.set_grad_enabled(grad):
+            loss(one, 900.0)
+        value.backward()
+    assert same_bits(gradients(checkpointed), gradients(model))
+
+
+def test_backwards_in_any_order(model: TinyDiT, checkpointed: TinyDiT) -> None:
+    found = []
+    for one in (model, checkpointed):
+        values = [loss(one, timestep) for timestep in (10.0, 900.0, 300.0)]
+        found.append([])
+        for place in (1, 0, 2):
+            values[place].backward()
+            found[-1].append(gradients(one))
+    assert same_bits(found[1], found[0])
+    assert routing_of(checkpointed).reached == {}
+
+
+def test_one_backward_of_two_regions_is_refused(checkpointed: TinyDiT) -> None:
+    with pytest.raises(
+        diffcr_compile.UnsupportedError, match=r"blocks.1 is recomputed in backward .* regions \[0, 3\]"
+    ):
+        (loss(checkpointed, 10.0) + loss(checkpointed, 900.0)).backward()
+    (loss(checkpointed, 900.0) + loss(checkpointed, 990.0)).backward()
+
+
+def test_a_backward_that_does_not_come_from_the_outputs_is_refused(checkpointed: TinyDiT) -> None:
+    seen: list[Tensor] = []
+    checkpointed.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    loss(checkpointed, 300.0)
+    with pytest.raises(
+        diffcr_compile.UnsupportedError, match=r"from the model's outputs, or turn gradient checkpointing"
+    ):
+        seen[0].square().sum().backward()
+
+
+def test_where_all_rows_are_equal_no_region_is_asked_for(checkpointed: TinyDiT) -> None:
+    diffcr_compile.set_ratios(checkpointed, 0.5)
+    (loss(checkpointed, 10.0) + loss(checkpointed, 900.0)).backward()
+    assert len(gradients(checkpointed)) > 3
