@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .sharding import is_shard, like
+from .sharding import like
 
 
 class Router(nn.Module):
@@ -56,7 +56,8 @@ class Router(nn.Module):
         """Come back from the meta device, where the vector is there, to the one it was on or, sharded, is meant for."""
         if self.weight.is_meta:
             taken: Tensor = vars(self)["_taken"].detach()
-            device = self.weight.device_mesh.device_type if is_shard(self.weight) else taken.device
+            mesh = getattr(self.weight, "device_mesh", None)  # of a shard
+            device = taken.device if mesh is None else mesh.device_type
             values = like(taken, torch.empty_like(self.weight, device=device))
             self.weight = vars(self)["_taken"] = nn.Parameter(values, requires_grad=self.weight.requires_grad)
 
