@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, map_leaves, signature_of
 from .config import DiffCRConfig
 from .context import ContextGraph, ContextKey, context_key
-from .errors import CaptureError, NotTransformedError, UnsupportedError
+from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
 from .plan import BlockPlan, ModelPlan
 from .primitives import OneByOne
@@ -235,10 +235,18 @@ class ModelRouting(_Whole):
         return sees or self.varies_by_region
 
     def sync_with_masters(self) -> None:
-        """Where an optimiser has moved the masters, put every block at its nearest bin (DiffCR, section 3)."""
+        """Where an optimiser has moved the masters, put every block at its nearest bin (DiffCR, section 3).
+
+        Raises CalibrationError where it has moved them to no number.
+        """
         masters = self.masters
         if masters is None or masters._version == self.synced:
             return
+        if bool(masters.isnan().any()):
+            raise CalibrationError(
+                "the learned ratios are NaN: an optimiser took a step on a gradient that was. Put a table back with set_ratios, "
+                "and look before a step whether the loss is finite."
+            )
         with torch.no_grad():
             masters.clamp_(0, 1)
         for block, column in zip(self.blocks, masters.detach().T.tolist(), strict=True):
@@ -335,8 +343,9 @@ def routing_of(module: nn.Module) -> Any:
     return module.__dict__.get(STATE)
 
 
-def settle(model: nn.Module, inputs: dict[str, Any] | None = None) -> ModelRouting:
-    """The routing state of a transformed model; a search still owed is done first, on ``inputs``.
+def settle(model: nn.Module, inputs: dict[str, Any] | None = None, *, sync: bool = True) -> ModelRouting:
+    """The routing state of a transformed model; a search still owed is done first, on ``inputs``. ``sync``: the table is that of
+    the masters.
 
     Raises NotTransformedError, or CaptureError where the search is owed and there are no inputs.
     """
@@ -352,7 +361,8 @@ def settle(model: nn.Module, inputs: dict[str, Any] | None = None) -> ModelRouti
                 "example_inputs and the model has not run since. Run it once, or pass example_inputs to transform."
             )
         state.deferred(model, state, inputs)
-    state.sync_with_masters()
+    if sync:
+        state.sync_with_masters()
     return state
 
 

@@ -29,7 +29,7 @@ def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[floa
     values: share of the tokens that skip, in [0, 1]. Raises ValueError for values outside or another shape, TypeError for what is
     no table of real numbers, and as ratios. Warns once where routers that nobody calibrated are made to route.
     """
-    state = settle(unwrap(model))
+    state = settle(unwrap(model), sync=False)  # masters that are no numbers are overwritten
     shape = (state.num_regions, len(state.blocks))
     table = _as_table(values)
     if table.ndim == 0:

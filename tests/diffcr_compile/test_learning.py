@@ -116,3 +116,19 @@ def test_learning_under_inference_mode_is_refused_and_the_budget_loss_is_not(mod
         assert float(diffcr_compile.budget_loss(model, 0.5)) == pytest.approx(0.25)
     with diffcr_compile.learning(model):
         model(**INPUTS).square().sum().backward()
+
+
+def test_a_step_to_no_number_is_said_and_set_ratios_puts_a_table_back(model: TinyDiT) -> None:
+    with diffcr_compile.learning(model) as learnable:
+        model(**INPUTS).square().sum().backward()
+        learnable.ratios.grad = torch.full_like(learnable.ratios, torch.nan)
+        torch.optim.SGD([learnable.ratios], lr=0.1).step()
+        with pytest.raises(diffcr_compile.CalibrationError, match=r"ratios are NaN: an optimiser .* set_ratios"):
+            model(**INPUTS)
+    with pytest.raises(diffcr_compile.CalibrationError, match="ratios are NaN"):
+        model(**INPUTS)
+    with pytest.raises(ValueError, match="ratios must lie in"):
+        diffcr_compile.set_ratios(model, 1.5)
+    diffcr_compile.set_ratios(model, 0.5)
+    assert bool((learnable.ratios == 0.5).all())
+    assert model(**INPUTS).isfinite().all()
