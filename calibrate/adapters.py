@@ -28,7 +28,8 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise UnsupportedError(
-            "trainable='lora' needs peft: pip install 'diffcr-compile[peft]', or train 'all' or 'routers'."
+            f"trainable='lora' needs peft, which can't be imported ({error}): pip install 'diffcr-compile[peft]', or train 'all' "
+            "or 'routers'."
         ) from error
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -45,13 +46,18 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
         raise UnsupportedError("no routed block has a linear layer to adapt: train 'all' or 'routers'.")
     described = vars(model).get("peft_config")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        tuner = LoraModel(model, config, NAME)
     try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            tuner = LoraModel(model, config, NAME)
         yield
     except BaseException:
-        tuner.unload()
+        for name, module in list(model.named_modules()):
+            if isinstance(
+                module, BaseTunerLayer
+            ):  # there may be no tuner to unload them by: it may have failed on the way
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
         raise
     else:
         tuner.merge_and_unload()

@@ -118,6 +118,27 @@ def test_nan_leaves_the_weights(model: TinyDiT) -> None:
     assert not diffcr_compile.ratios(model).any()
 
 
+def test_a_layer_that_peft_refuses_leaves_no_adapters(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import LoraModel
+
+    adapt, calls = LoraModel._create_and_replace, 0
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise ValueError("not this layer")
+        return adapt(*args, **kwargs)
+
+    before = snapshot(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraModel, "_create_and_replace", refuse)
+        with pytest.raises(ValueError, match="not this layer"):
+            diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG)
+    assert same_snapshot(snapshot(model), before)
+    assert diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG).share <= 0.6
+
+
 def test_inside_only_adapters_require_gradients(model: TinyDiT) -> None:
     expected = model(**batches(torch.float64)[0])
     with low_rank(model, routing_of(model), RANK, 0):
@@ -184,5 +205,7 @@ def test_blocks_without_linears_are_refused(model: TinyDiT) -> None:
 
 def test_without_peft_it_says_what_to_install(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'diffcr-compile\[peft\]'"):
+    with pytest.raises(
+        UnsupportedError, match=r"imported \(import of peft halted.*pip install 'diffcr-compile\[peft\]'"
+    ):
         diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG)
