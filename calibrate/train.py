@@ -84,7 +84,7 @@ def calibrate(
     inputs = to_device(model, read[0] if loss is None else model_inputs(model, read[0]))
     state = settle(model, inputs)
     config = config or CalibrationConfig(preset="training-free" if state.config.skip == "reuse" else "default")
-    _check_task(budgets, config)
+    _check_task(budgets, config, loss, checkpoint)
     _check_weights(model, config)
     flops = of_first_process(measure_costs(model, inputs))
     kept = None
@@ -109,7 +109,14 @@ def _check_budgets(budget: float | Sequence[float]) -> tuple[float, ...]:
     return budgets
 
 
-def _check_task(budgets: tuple[float, ...], config: CalibrationConfig) -> None:
+def _check_task(budgets: tuple[float, ...], config: CalibrationConfig, loss: Loss | None, checkpoint: Any) -> None:
+    """Raises ValueError for what does not go together."""
+    for name, given in (("loss", loss), ("checkpoint", checkpoint)):
+        if config.preset == "training-free" and given is not None:
+            raise ValueError(
+                f"preset 'training-free' learns nothing, so {name} has no effect: leave it out, or give a config of another preset "
+                "to learn"
+            )
     if len(budgets) > 1 and config.settle == 1:
         raise ValueError("with settle=1 the present table stays, which has one cost: give one budget, or lower settle")
     if config.steps and len(budgets) > max(config.num_learning, 1):
@@ -173,7 +180,7 @@ def _settings(
 def _trainable(
     model: nn.Module, state: ModelRouting, config: CalibrationConfig
 ) -> contextlib.AbstractContextManager[None]:
-    if config.trainable == "lora" and config.preset != "training-free":
+    if config.trainable == "lora":
         return low_rank(model, state, config.lora_rank, config.seed)
     return contextlib.nullcontext()
 

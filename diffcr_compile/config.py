@@ -180,6 +180,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_MEASURES = {"preset", "budget_kind", "warm_start", "tolerance", "seed"}
+"""Options that mean something where nothing is learned."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(_Options):
     """How routers and ratios are learned. What is not given has the preset's value.
@@ -188,7 +192,7 @@ class CalibrationConfig(_Options):
         stage of settling (give ``calibrate`` the diffusion loss, and ``transform`` ``gate="sigmoid"``, to follow it all the
         way; the budget is met by projection instead of a weighted loss); ``"training-free"``: no learning; how much each block
         suffers from skipping in each region is measured on dense forwards, and the table that suffers least within the budget
-        is taken.
+        is taken. What concerns learning can't be given then.
     trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper), as far as they require gradients (with peft
         adapters of one's own: those); ``"lora"``: low-rank adapters on the linear layers of the routed blocks in place of the
         weights, merged into them at the end (the paper's text-to-image models; needs peft); ``"routers"``: weights frozen.
@@ -244,10 +248,10 @@ class CalibrationConfig(_Options):
         _check_choice("budget_kind", self.budget_kind, get_args(BudgetKind))
         for name in ("lora_rank", "accumulation", "checkpoint_every"):
             _check_count(name, getattr(self, name))
-        least = 0 if self.preset == "training-free" else 1
-        _check_count("steps", self.steps, least)
-        if least == 0 and self.steps:
-            raise ValueError(f"preset 'training-free' learns nothing: steps must be 0, found {self.steps!r}")
+        if self.preset == "training-free":
+            self._check_nothing_learns()
+        else:
+            _check_count("steps", self.steps)
         for name in ("learning_rate", "router_learning_rate", "ratio_learning_rate", "max_grad_norm", "tolerance"):
             _check_positive(name, getattr(self, name))
         for name in ("ramp", "settle"):
@@ -259,6 +263,15 @@ class CalibrationConfig(_Options):
                 f"settle={self.settle} leaves none of the {self.steps} steps to learn ratios in. Expected more steps or a lower "
                 "settle; or settle=1, and the table stays as set_ratios left it"
             )
+
+    def _check_nothing_learns(self) -> None:
+        for field in fields(self):
+            expected = _PRESETS[self.preset].get(field.name, field.default)
+            if field.name not in _MEASURES and getattr(self, field.name) != expected:
+                raise ValueError(
+                    f"preset 'training-free' learns nothing: {field.name} must be {expected!r}, found "
+                    f"{getattr(self, field.name)!r}. Leave it out, or take another preset"
+                )
 
     @property
     def num_learning(self) -> int:

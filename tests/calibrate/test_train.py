@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -309,3 +310,12 @@ def test_what_goes_wrong_before_the_first_step_leaves_lowering_and_gradients(
         diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=QUICK)
     assert model.head.weight.grad is not None
     assert all(block.compiled is not None for block in routing_of(model).blocks)
+
+
+def test_without_training_what_only_learning_needs_is_refused(model: TinyDiT, tmp_path: Path) -> None:
+    config = CalibrationConfig(preset="training-free")
+    options: dict[str, Any] = {"checkpoint": tmp_path / "new", "loss": lambda one, batch: one(**batch).mean()}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"learns nothing, so {name} has no effect: leave it out"):
+            diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=config, **{name: value})
+    assert not (tmp_path / "new").exists()

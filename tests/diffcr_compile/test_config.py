@@ -26,6 +26,7 @@ CONFIGS = st.one_of(
         | st.tuples(st.floats(-1, 0), st.floats(0.5, 1000))
         | st.tuples(st.integers(-9, 0), st.integers(1, 9)).map(list),
     ),
+    st.builds(CalibrationConfig, preset=st.just("training-free"), seed=st.integers(0, 9), warm_start=st.booleans()),
     st.builds(
         CalibrationConfig,
         steps=st.integers(1, 1000),
@@ -93,6 +94,22 @@ def test_options_are_frozen_and_by_keyword() -> None:
         (CalibrationConfig, {"tolerance": -1.0}, "tolerance must be positive"),
         (CalibrationConfig, {"trainable": "none"}, "trainable must be one of"),
         (CalibrationConfig, {"ramp": 0.8, "settle": 0.4}, "ramp \\+ settle must be at most 1"),
+        *(
+            (
+                CalibrationConfig,
+                {"preset": "training-free", name: value},
+                f"learns nothing: {name} must be .*, found {value!r}",
+            )
+            for name, value in {
+                "steps": 3,
+                "trainable": "routers",
+                "accumulation": 2,
+                "estimator": "two-bin",
+                "settle": 0.5,
+                "learning_rate": 1e-3,
+                "checkpoint_every": 5,
+            }.items()
+        ),
         (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
         (CalibrationConfig, {"settle": 0.9, "steps": 3, "ramp": 0.1}, "settle=0.9 leaves none of the 3 steps to learn"),
     ],
