@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, TypeGuard, get_args
 
 Gate = Literal["exact", "sigmoid"]
 Skip = Literal["identity", "reuse"]
@@ -55,23 +55,28 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_share(name: str, value: object) -> None:
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], found {value!r}")
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, found {value!r}")
+def _check_number(name: str, value: object, *, positive: bool = False, finite: bool = True) -> None:
+    if not finite and value == math.inf:
+        return
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a finite number, found {value!r}")
+    if value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must {'be positive' if positive else 'not be negative'}, found {value!r}")
 
 
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, found {value!r}")
+def _check_count(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        bound = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {bound}, found {value!r}")
 
 
 def _ordered_pair(name: str, value: Any) -> tuple[float, float]:
@@ -168,17 +173,34 @@ class DiffCRConfig(_Options):
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"steps": 300, "warm_start": True, "settle": 0.25, "budget_kind": "flops", "estimator": "single-pass"},
-    "paper": {"steps": 100_000, "warm_start": False, "settle": 0.0, "budget_kind": "tokens", "estimator": "two-bin"},
+    "default": {
+        "steps": 300,
+        "warm_start": True,
+        "ramp": 0.6,
+        "settle": 0.25,
+        "budget_kind": "flops",
+        "estimator": "single-pass",
+    },
+    "paper": {
+        "steps": 100_000,
+        "warm_start": False,
+        "ramp": 0.6,
+        "settle": 0.0,
+        "budget_kind": "tokens",
+        "estimator": "two-bin",
+    },
     "training-free": {
         "steps": 0,
         "warm_start": True,
+        "ramp": 0.6,
         "settle": 0.0,
         "budget_kind": "flops",
         "estimator": "single-pass",
     },
 }
 
+LARGEST_SEED = 2**32 - 1
+"""Of a calibration: generators are seeded by multiples of it."""
 
 _MEASURES = {"preset", "budget_kind", "warm_start", "tolerance", "seed"}
 """Options that mean something where nothing is learned."""
@@ -209,14 +231,15 @@ class CalibrationConfig(_Options):
     learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
     router_learning_rate: of the routers, likewise.
     ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
-    weight_decay: of the model's weights (the paper: 3e-2).
-    ramp: share of the steps over which the scheduled budget moves from the table's present share to the target, in [0, 1].
-    settle: share of the steps (default 0.25), at the end, in which the snapped table is fixed and the rest goes on learning, in
-        [0, 1]; at 1 the table stays as ``set_ratios`` left it (a uniform one: Mixture of Depths).
-    max_grad_norm: gradients of weights and routers are clipped to this norm.
+    weight_decay: of the model's weights, >= 0 (the paper: 3e-2).
+    ramp: share of the steps (default 0.6, or what ``settle`` leaves) over which the scheduled budget moves from the table's present
+        share to the target, in [0, 1].
+    settle: share of the steps (default 0.25, or what ``ramp`` leaves), at the end, in which the snapped table is fixed and the rest
+        goes on learning, in [0, 1]; at 1 the table stays as ``set_ratios`` left it (a uniform one: Mixture of Depths).
+    max_grad_norm: gradients of weights and routers are clipped to this norm; infinite: not at all.
     warm_start: fit each router by ridge regression on what its block does to each token before learning.
     tolerance: the table's FLOPs end within this share of the budget, and never above it.
-    seed: of the order of the batches and of the adapters' start.
+    seed: of the order of the batches and of the adapters' start, in [0, 2**32).
     """
 
     preset: Preset = "default"
@@ -231,7 +254,7 @@ class CalibrationConfig(_Options):
     router_learning_rate: float = 1e-3
     ratio_learning_rate: float = 2e-2
     weight_decay: float = 3e-2
-    ramp: float = 0.6
+    ramp: float = None  # type: ignore[assignment]
     settle: float = None  # type: ignore[assignment]
     max_grad_norm: float = 1.0
     warm_start: bool = None  # type: ignore[assignment]
@@ -240,22 +263,30 @@ class CalibrationConfig(_Options):
 
     def __post_init__(self) -> None:
         _check_choice("preset", self.preset, get_args(Preset))
+        given = {name for name in ("ramp", "settle") if getattr(self, name) is not None}
         for name, value in _PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.preset == "training-free":
+            self._check_nothing_learns()
+        for name in ("ramp", "settle"):
+            _check_share(name, getattr(self, name))
+        for name, other in (("ramp", self.settle), ("settle", self.ramp)):
+            if name not in given:  # it makes room for the other, where only that was given
+                object.__setattr__(self, name, min(getattr(self, name), 1 - other))
         _check_choice("trainable", self.trainable, get_args(Trainable))
         _check_choice("estimator", self.estimator, get_args(Estimator))
         _check_choice("budget_kind", self.budget_kind, get_args(BudgetKind))
         for name in ("lora_rank", "accumulation", "checkpoint_every"):
             _check_count(name, getattr(self, name))
-        if self.preset == "training-free":
-            self._check_nothing_learns()
-        else:
-            _check_count("steps", self.steps)
-        for name in ("learning_rate", "router_learning_rate", "ratio_learning_rate", "max_grad_norm", "tolerance"):
-            _check_positive(name, getattr(self, name))
-        for name in ("ramp", "settle"):
-            _check_share(name, getattr(self, name))
+        _check_count("steps", self.steps, 0 if self.preset == "training-free" else 1)
+        for name in ("learning_rate", "router_learning_rate", "ratio_learning_rate", "tolerance"):
+            _check_number(name, getattr(self, name), positive=True)
+        _check_number("max_grad_norm", self.max_grad_norm, positive=True, finite=False)
+        _check_number("weight_decay", self.weight_decay)
+        _check_count("seed", self.seed, 0, most=LARGEST_SEED)
+        if not isinstance(self.warm_start, bool):
+            raise ValueError(f"warm_start must be True or False, found {self.warm_start!r}")
         if self.ramp + self.settle > 1:
             raise ValueError(f"ramp + settle must be at most 1, found {self.ramp} + {self.settle}")
         if self.steps and self.settle < 1 and not self.num_learning:

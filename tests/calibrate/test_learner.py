@@ -105,7 +105,7 @@ def test_more_budgets_than_steps_of_learning_are_refused_before_anything_runs(mo
 
 
 def test_with_settle_one_the_table_stays(model: TinyDiT) -> None:
-    config = CalibrationConfig(steps=3, settle=1.0, ramp=0.0)
+    config = CalibrationConfig(steps=3, settle=1.0)
     diffcr_compile.set_ratios(model, 0.5)
     report = diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=config)
     assert torch.equal(report.table, torch.full((4, 2), 0.5))

@@ -110,6 +110,19 @@ def test_options_are_frozen_and_by_keyword() -> None:
                 "checkpoint_every": 5,
             }.items()
         ),
+        (CalibrationConfig, {"learning_rate": "1e-3"}, "learning_rate must be a finite number, found '1e-3'"),
+        (
+            CalibrationConfig,
+            {"router_learning_rate": float("inf")},
+            "router_learning_rate must be a finite number, found inf",
+        ),
+        (CalibrationConfig, {"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number, found nan"),
+        (CalibrationConfig, {"weight_decay": -1.0}, "weight_decay must not be negative, found -1.0"),
+        (CalibrationConfig, {"seed": 1.5}, "seed must be an integer from 0 to 4294967295, found 1.5"),
+        (CalibrationConfig, {"seed": 2**63}, "seed must be an integer from 0 to 4294967295"),
+        (CalibrationConfig, {"seed": -1}, "seed must be an integer from 0"),
+        (CalibrationConfig, {"warm_start": "no"}, "warm_start must be True or False, found 'no'"),
+        (CalibrationConfig, {"ramp": "long"}, "ramp must lie in \\[0, 1\\], found 'long'"),
         (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
         (CalibrationConfig, {"settle": 0.9, "steps": 3, "ramp": 0.1}, "settle=0.9 leaves none of the 3 steps to learn"),
     ],
@@ -117,6 +130,21 @@ def test_options_are_frozen_and_by_keyword() -> None:
 def test_a_bad_option_is_named(cls: type, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "ramp", "settle"),
+    [
+        ({}, 0.6, 0.25),
+        ({"settle": 1}, 0, 1),
+        ({"ramp": 1.0}, 1.0, 0),
+        ({"settle": 0.5}, 0.5, 0.5),
+        ({"preset": "paper", "ramp": 0.1}, 0.1, 0),
+    ],
+)
+def test_ramp_and_settle_make_room_for_one_another(given: dict[str, Any], ramp: float, settle: float) -> None:
+    config = CalibrationConfig(**given)
+    assert (config.ramp, config.settle) == (ramp, settle)
 
 
 @pytest.mark.parametrize(
