@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ Batch = dict[str, Any]
 
 def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
     """All of them; a sequence stays as it is, and may read its batches when asked. Raises CalibrationError where there are none,
-    TypeError where one is no dictionary."""
+    TypeError where one is no dictionary, or where they are no several."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        found = "a single one: put it into a list" if isinstance(batches, Mapping) else type(batches).__name__
+        raise TypeError(f"batches must be several keyword dictionaries of the model's forward, found {found}")
     read = batches if isinstance(batches, Sequence) else list(batches)
     if not read:
         raise CalibrationError("calibrate was given no batches; expected keyword dictionaries of the model's forward.")

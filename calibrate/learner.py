@@ -289,7 +289,13 @@ class Learner:
 
     def _loss(self, index: int) -> Tensor:
         if self.task.loss is not None:
-            return self.task.loss(self.model, to_device(self.model, self.batches[index]))
+            value: object = self.task.loss(self.model, to_device(self.model, self.batches[index]))
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+                raise TypeError(
+                    f"loss must return a tensor of one number, with its gradient, found {type(value).__name__}{shape}"
+                )
+            return value
         return self._distance(index)
 
     def _move(self, value: float) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,10 +76,11 @@ def calibrate(
 
     Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, with reuse none that follows another, or a
     loss that is not finite or grows beyond return), ArtefactError (the checkpoint is damaged or of other settings),
-    UnsupportedError, NotTransformedError, ValueError. After any error, or an interrupt, the model is as before: table, routers and
-    the weights that learn, of which the CPU holds a copy meanwhile.
+    UnsupportedError, NotTransformedError, ValueError, TypeError. After any error, or an interrupt, the model is as before: table,
+    routers and the weights that learn, of which the CPU holds a copy meanwhile.
     """
     model = unwrap(model)
+    _check_types(loss, config)
     budgets = _check_budgets(budget)
     read = read_batches(batches)
     inputs = to_device(model, read[0] if loss is None else model_inputs(model, read[0]))
@@ -98,15 +100,27 @@ def calibrate(
         return Learner(model, state, read, task, kept).execute()
 
 
-def _check_budgets(budget: float | Sequence[float]) -> tuple[float, ...]:
-    budgets: tuple[Any, ...] = (budget,)
-    if isinstance(budget, Sequence) and not isinstance(budget, str):
-        budgets = tuple(budget)
-    if not budgets or len(set(budgets)) < len(budgets):
-        raise ValueError(f"expected one budget, or several different ones, found {budget!r}")
+def _check_types(loss: object, config: object) -> None:
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of the model and a batch, found {loss!r}")
+    if config is not None and not isinstance(config, CalibrationConfig):
+        raise TypeError(f"config must be a CalibrationConfig, found {type(config).__name__}")
+
+
+def _check_budgets(budget: Any) -> tuple[float, ...]:
+    budget = _plain(budget)
+    several = isinstance(budget, Sequence) and not isinstance(budget, str)
+    budgets = tuple(map(_plain, budget)) if several else (budget,)
     for share in budgets:
         check_budget(share)
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise ValueError(f"expected one budget, or several different ones, found {budget!r}")
     return budgets
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, and lists of them, of tensors and arrays."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
 
 
 def _check_task(budgets: tuple[float, ...], config: CalibrationConfig, loss: Loss | None, checkpoint: Any) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffcr_compile.calibration import learner, train
 from hand import hand_costs
-from models import Shape, TinyDiT, relative_error, routed, tiny_inputs
+from models import Shape, TinyDiT, relative_error, routed, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor
 
 import diffcr_compile
@@ -80,10 +81,53 @@ def test_the_schedule_falls_from_budget_to_budget_and_settling_takes_turns(model
     ] * 4
 
 
-@pytest.mark.parametrize("budgets", [(), [], (0.5, 0.5), (0.5, 0.0), (0.5, 1.1), (0.5, True), ("a",)])
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        *((), [], (0.5, 0.5), (0.5, 0.0), (0.5, 1.1), (0.5, True), ("a",), "0.5", None),
+        *([[0.9]], {0.9}, {0.9: 1}, torch.tensor([[0.9]]), np.zeros((0,)), torch.tensor([0.5, 0.5])),
+    ],
+)
 def test_other_budgets_are_refused(model: TinyDiT, budgets: Any) -> None:
     with pytest.raises(ValueError, match="budget"):
         diffcr_compile.calibrate(model, BATCHES, budget=budgets, config=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("budget", "read"),
+    [
+        (torch.tensor(0.75), [0.75]),
+        (np.float32(0.75), [0.75]),
+        (np.array([0.75, 0.5]), [0.75, 0.5]),
+        ([torch.tensor(0.75), 0.5], [0.75, 0.5]),
+        (1, [1]),
+    ],
+)
+def test_budgets_may_be_numbers_of_tensors_and_arrays(model: TinyDiT, budget: Any, read: list[float]) -> None:
+    config = CalibrationConfig(preset="training-free")
+    assert list(diffcr_compile.calibrate(model, BATCHES, budget=budget, config=config).tables) == read
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"config": {"steps": 2}}, "config must be a CalibrationConfig, found dict"),
+        ({"config": diffcr_compile.DiffCRConfig()}, "config must be a CalibrationConfig, found DiffCRConfig"),
+        ({"loss": "mse"}, "loss must be a function of the model and a batch, found 'mse'"),
+        ({"loss": lambda *_: 0.5}, "loss must return a tensor of one number, with its gradient, found float"),
+        ({"loss": lambda *_: None}, "found NoneType"),
+        ({"loss": lambda one, batch: one(**batch)}, r"found Tensor of shape \(3, 40, 5\)"),
+        ({"batches": None}, "batches must be several keyword dictionaries of the model's forward, found NoneType"),
+        ({"batches": BATCHES[0]}, "found a single one: put it into a list"),
+        ({"batches": ["x"]}, "batches must be keyword dictionaries .*, found str"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(model: TinyDiT, options: dict[str, Any], says: str) -> None:
+    before = snapshot(model)
+    given = {"batches": BATCHES, "config": replace(QUICK, trainable="all"), **options}
+    with pytest.raises(TypeError, match=says):
+        diffcr_compile.calibrate(model, budget=0.8, **given)
+    assert same_snapshot(snapshot(model), before)
 
 
 def test_all_budgets_must_be_within_reach(model: TinyDiT) -> None:
