@@ -24,6 +24,7 @@ from ..region import regions_of_call, timestep_value
 from ..routed import BlockRouting, ModelRouting, router_vector
 from ..trajectory import Trajectory
 from .batches import as_routers_see
+from .objective import output_tensors
 from .rehearsal import NO_TRAJECTORY
 
 OLDEST = 4
@@ -38,17 +39,22 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
     """Squared error that each ratio brings into the residual stream, as a share of the stream's own square.
 
     Returns float64 (num_regions, num_blocks, bins): mean over the forwards of each region, zero where none lay. Raises
-    CalibrationError where reuse is to be measured and no forward continues another's trajectory.
+    CalibrationError where outputs are not finite, and where reuse is to be measured and no forward continues another's trajectory.
     """
     trajectory = Trajectory()
     meters = [_Meter(block, model, state, trajectory) for block in state.blocks]
+    seen = batches if state.config.skip == "reuse" else as_routers_see(model, state, batches)
     with dense(model), watch_calls(model, state, after=lambda block, *call: meters[block.index].observe(*call)):
-        for batch in batches if state.config.skip == "reuse" else as_routers_see(model, state, batches):
+        for place, batch in enumerate(seen):
             if state.plan.timestep is not None:
                 trajectory.advance(timestep_value(batch, state.plan.timestep, model), ())
             for meter in meters:
                 meter.regions = regions_of_call(model, state, batch)
-            model(**batch)
+            if not all(bool(output.isfinite().all()) for output in output_tensors(model(**batch))):
+                raise CalibrationError(
+                    f"the dense outputs of forward {place} are not finite, so what skipping costs can't be told. Look at the "
+                    "batches, and at the model's dtype."
+                )
     if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):
         raise CalibrationError(NO_TRAJECTORY)
     return torch.stack([meter.mean() for meter in meters], dim=1)

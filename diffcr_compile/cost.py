@@ -188,6 +188,8 @@ def _measure_shadow(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
             return _measure(shadow(model), inputs, fake=fake)
         except Exception as error:  # whatever the user's model raises
             errors.append(error)
+    if isinstance(errors[-1], CaptureError):
+        raise errors[-1]
     raise CaptureError(
         f"{type(model).__name__} could not be run on the inputs it was given: {type(errors[-1]).__name__}: {errors[-1]}"
     ) from errors[-1]
@@ -207,6 +209,12 @@ def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostMod
         ):
             model(**map_leaves(convert, inputs))
         state.dense = False
+        idle = [fqn for fqn, seen in calls.items() if not seen]
+        if idle:
+            raise CaptureError(
+                f"{', '.join(idle)}: routed, but not called on these inputs, so what it costs is unknown. Give inputs on which "
+                "every routed block runs, or leave it out by filter_fn at transform."
+            )
         known: dict[Any, BlockCost] = {}
         blocks = []
         for block, module in zip(state.blocks, modules, strict=True):

@@ -66,3 +66,16 @@ def test_of_many_tokens_some_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> N
     some = measure("reuse")
     assert not torch.equal(some, every)
     assert float(((some - every).abs() / every.clamp(min=1e-12))[..., 1:].mean()) < 0.5
+
+
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_said(skip: str, value: float) -> None:
+    config = diffcr_compile.DiffCRConfig(skip=skip)  # type: ignore[arg-type]
+    model = diffcr_compile.transform(original(PLAIN), config, example_inputs=tiny_inputs(PLAIN))
+    batches = [tiny_inputs(PLAIN, timestep=step) for step in (900.0, 600.0, 300.0)]
+    batches[1]["x"][0, 0, 0] = value
+    free = diffcr_compile.CalibrationConfig(preset="training-free")
+    with pytest.raises(diffcr_compile.CalibrationError, match="dense outputs of forward 1 are not finite"):
+        diffcr_compile.calibrate(model, batches, budget=0.7, config=free)
+    assert not diffcr_compile.ratios(model).any()

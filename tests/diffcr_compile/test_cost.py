@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Shape, TinyDiT, original, reference_flops, routed, same_snapshot, snapshot, tiny_inputs
+from models import Shape, TinyDiT, original, reference_flops, routed, same_snapshot, sinusoids, snapshot, tiny_inputs
 
 import diffcr_compile
 from diffcr_compile.cost import BlockCost, CostModel, cost_model
@@ -107,3 +107,21 @@ def test_a_cost_model_adds_up() -> None:
     assert costs.row_cost([0, 500]) == 500 + 1000 + 455
     assert costs.share([[0, 0], [1000, 1000]]) == (2500 + 500) / 2 / 2500
     assert costs.minimum_share == 0.2
+
+
+def test_a_routed_block_that_is_not_called_is_named() -> None:
+    class Leaving(TinyDiT):
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, short: bool = False) -> torch.Tensor:
+            x, cond = self.embed(x), self.time(sinusoids(timestep, self.shape.width))
+            for block in self.blocks[:1] if short else self.blocks:
+                x = block(x, cond)
+            return self.head(x)
+
+    inputs = tiny_inputs(SHAPE)
+    model = diffcr_compile.transform(Leaving(SHAPE).eval(), example_inputs=inputs)
+    for look in (
+        lambda batch: diffcr_compile.cost(model, batch),
+        lambda batch: diffcr_compile.calibrate(model, [batch], budget=0.9),
+    ):
+        with pytest.raises(diffcr_compile.CaptureError, match=r"^blocks\.1: routed, but not called on these inputs"):
+            look({**inputs, "short": True})
