@@ -61,10 +61,24 @@ def measure_latency(model: nn.Module, inputs: dict[str, Any], costs: CostModel, 
     """Time one block of each family at each bin on what it is called with, and the whole model at ratio zero.
 
     As the model runs: compiled where it is lowered (with the full scope, by one graph a block), else eagerly. inputs: on the
-    model's device. costs: the FLOPs of the same model. Milliseconds; medians of ``rounds`` rounds.
+    model's device. costs: the FLOPs of the same model. Milliseconds; medians of ``rounds`` rounds. In eval mode, as a sampler
+    runs it; the global generators are put back.
     """
     state: ModelRouting = routing_of(model)
-    calls = _record_calls(model, state, inputs)
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices), _evaluated(model):
+        calls = _record_calls(model, state, inputs)
+        return _measure(model, state, inputs, calls, costs, rounds)
+
+
+def _measure(
+    model: nn.Module,
+    state: ModelRouting,
+    inputs: dict[str, Any],
+    calls: dict[str, list[tuple[Any, Any]]],
+    costs: CostModel,
+    rounds: int,
+) -> CostModel:
     known: dict[Any, tuple[float, ...]] = {}
     blocks = []
     with _compiled_by_block(model, state):
@@ -112,6 +126,18 @@ def _record_calls(model: nn.Module, state: ModelRouting, inputs: dict[str, Any])
     with dense(model), watch_calls(model, state, before=lambda block, *call: calls[block.fqn].append(call)):
         model(**inputs)
     return calls
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 @contextlib.contextmanager

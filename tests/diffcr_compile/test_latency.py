@@ -131,3 +131,20 @@ def test_a_lowered_model_is_measured_compiled_and_stays_lowered(
     assert state.lowered is lowered
     assert lowered.scope == scope
     assert [block.compiled is None for block in state.blocks] == [one is None for one in compiled]
+
+
+def test_it_is_measured_in_eval_mode_and_draws_nothing(model: TinyDiT) -> None:
+    model.train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    seen: list[bool] = []
+    handle = model.blocks[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    noise = model.head.register_forward_hook(lambda module, args, output: output + torch.rand(()))
+    torch.manual_seed(3)
+    measured(model)
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(3))
+    assert seen
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == modes
+    handle.remove()
+    noise.remove()
