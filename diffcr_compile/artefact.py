@@ -2,7 +2,7 @@
 
     routing.json         type, version, configuration, the plan, fingerprint of the model, ratio table
     routers.safetensors  one float vector per block, or one per block and timestep region
-    report.json          of the calibration, if there was one: read by ``CalibrationReport.load``
+    report.json          of the calibration that made the table, if one did: read by ``CalibrationReport.load``
 
 The record decides: it is moved into place when the routers that it names by their hash are there, under a name that ends with it;
 then they are moved too. ``load`` needs no inputs: it writes the programs from the stored plan. The fingerprint ties the plan to the
@@ -38,7 +38,7 @@ from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE
 from .routed import ROUTER, ModelRouting, router_weight, routing_of, settle
 from .sharding import is_sharded, whole
-from .table import write_table
+from .table import read_table, write_table
 from .transform import attach, restore
 from .unwrap import unwrap
 
@@ -80,13 +80,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     record["checksum"] = record_checksum(record)
     incoming = _incoming(target, record["sha256"])
     contents = {incoming: tensors, target / _JSON: json.dumps(record, indent=1).encode()}
-    if state.report is not None:
+    made_here = state.report is not None and read_table(state).tolist() in _tables(state.report)
+    if made_here:
         contents = {target / _REPORT: json.dumps(state.report, indent=1).encode(), **contents}
     target.mkdir(parents=True, exist_ok=True)
     with _alone(target):
         write_files(contents)
         os.replace(incoming, target / _TENSORS)
-        if state.report is None:
+        if not made_here:
             (target / _REPORT).unlink(missing_ok=True)
 
 
@@ -108,6 +109,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         degree = float(record.get("degree", config.extrapolation))
     except _DAMAGE as error:
         raise ArtefactError(f"{source / _JSON} is damaged: {type(error).__name__}: {error}.") from error
+    report = _read_report(source)
     found = fingerprint(model)
     if expected != found:
         raise ArtefactError(
@@ -125,7 +127,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for block in state.blocks:
             getattr(model.get_submodule(block.fqn), ROUTER).fill(tensors[block.fqn])
         write_table(state, table)
-        state.trained, state.degree = trained, degree
+        state.trained, state.degree, state.report = trained, degree, report
     except Exception:
         restore(model)
         raise
@@ -188,6 +190,26 @@ def _read_record(source: Path) -> dict[str, Any]:
 
 def _missing(source: Path) -> str:
     return f"{source} holds no saved routing; expected the files {_JSON} and {_TENSORS} there."
+
+
+def _read_report(source: Path) -> dict[str, Any] | None:
+    """The report as it was written, for the next save; no routing depends on it."""
+    file = source / _REPORT
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        _tables(report)
+        return report  # type: ignore[no-any-return]
+    except (*_DAMAGE, UnicodeDecodeError) as error:
+        raise ArtefactError(
+            f"{file} is damaged: {type(error).__name__}: {error}. Delete it, and the routing loads without a report."
+        ) from error
+
+
+def _tables(report: dict[str, Any]) -> list[Any]:
+    """Tables that a report's calibration made: that of its budget, and those of others."""
+    return [report["table"], *(table for _, table in report["tables"])]
 
 
 def _read_tensors(source: Path, record: dict[str, Any], plan: ModelPlan, config: DiffCRConfig) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import stat
@@ -15,7 +16,7 @@ import torch
 from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 
 import diffcr_compile
-from diffcr_compile import ArtefactError
+from diffcr_compile import ArtefactError, CalibrationReport
 from diffcr_compile.artefact import record_checksum
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
@@ -257,3 +258,30 @@ def test_save_on_a_plain_model(tmp_path: Path) -> None:
     with pytest.raises(diffcr_compile.NotTransformedError, match="TinyDiT is not transformed"):
         diffcr_compile.save(original(SHAPE), tmp_path / "routing")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> tuple[TinyDiT, CalibrationReport]:
+    model = routed(SHAPE)
+    config = diffcr_compile.CalibrationConfig(preset="training-free")
+    return model, diffcr_compile.calibrate(model, [INPUTS], budget=(0.8, 0.6), config=config)
+
+
+def test_a_report_goes_from_save_to_load_to_save(calibrated: tuple[TinyDiT, CalibrationReport], tmp_path: Path) -> None:
+    model, report = calibrated
+    diffcr_compile.save(model, tmp_path / "first")
+    diffcr_compile.save(diffcr_compile.load(original(SHAPE), tmp_path / "first"), tmp_path / "second")
+    assert CalibrationReport.load(tmp_path / "second").to_dict() == report.to_dict()
+    (tmp_path / "second" / "report.json").write_text("[]")
+    with pytest.raises(ArtefactError, match=r"report\.json is damaged: .* Delete it, and the routing loads without"):
+        diffcr_compile.load(original(SHAPE), tmp_path / "second")
+
+
+def test_a_report_is_written_beside_the_tables_that_its_calibration_made(
+    calibrated: tuple[TinyDiT, CalibrationReport], tmp_path: Path
+) -> None:
+    model, report = copy.deepcopy(calibrated)
+    for place, (table, told) in enumerate(((report.tables[0.6], True), (0.5, False), (report.table, True))):
+        diffcr_compile.set_ratios(model, table)
+        diffcr_compile.save(model, tmp_path / str(place))
+        assert (tmp_path / str(place) / "report.json").is_file() is told
