@@ -34,7 +34,8 @@ def record(
         (a generator of its own decides), in the order in which they came. What reuse is measured on needs whole trajectories: no
         limit then. None: all are kept.
     folder: where to keep them as safetensors files, read when they are asked for; None: in memory.
-    Raises ValueError; ArtefactError where ``folder`` exists and is not empty.
+    Raises ValueError; ArtefactError where ``folder`` exists and is not empty. With a folder, a call with an argument that no file
+    holds (an object of the user's) raises UnsupportedError.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be an integer >= 1, found {limit!r}")
@@ -89,11 +90,15 @@ class _Choice:
         return True
 
     def _region(self, bound: dict[str, Any]) -> int:
+        """Of the call's first sample; 0 where the model knows none, -1 outside their range, which is no error at ratio zero."""
         state = routing_of(self.model)
         if state is None or state.plan is None or state.plan.timestep is None:
             return 0
         timestep = state.plan.timestep
-        return region_of(timestep_value(bound, timestep, self.model), timestep, state.num_regions)[0]
+        try:
+            return region_of(timestep_value(bound, timestep, self.model), timestep, state.num_regions)[0]
+        except ValueError:
+            return -1
 
 
 @dataclass

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import ArtefactError
+from .errors import ArtefactError, UnsupportedError
 
 Batch = dict[str, Any]
 
@@ -73,11 +73,21 @@ class Recording(Sequence[Batch]):
 
 
 def write_batch(file: Path, batch: Batch) -> None:
-    """Write a batch: its tensors as such, its structure and its other values as JSON in the file's header."""
+    """Write a batch: its tensors as such, its structure and its other values as JSON in the file's header.
+
+    Raises UnsupportedError for a value that is neither a tensor, a number, text, a dtype nor a device, or in a container that is
+    not Python's own.
+    """
     leaves, spec = pytree.tree_flatten(batch)
     tensors = {str(place): leaf.contiguous() for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     others = {str(place): leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-    header = {"structure": pytree.treespec_dumps(spec), "others": json.dumps(others), "leaves": str(len(leaves))}
+    try:
+        structure, values = pytree.treespec_dumps(spec), json.dumps(others, default=_to_json)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"this call can't be written to a file: {error}. Record without a folder, which keeps calls in memory as they are."
+        ) from error
+    header = {"structure": structure, "others": values, "leaves": str(len(leaves))}
     save_file(tensors or {"none": torch.zeros(0)}, file, metadata=header)
 
 
@@ -86,7 +96,7 @@ def read_batch(file: Path) -> Batch:
     try:
         with safe_open(file, framework="pt") as stream:  # type: ignore[no-untyped-call]
             header = stream.metadata()
-            others = json.loads(header["others"])
+            others = json.loads(header["others"], object_hook=_from_json)
             leaves = [
                 others[str(place)] if str(place) in others else stream.get_tensor(str(place))
                 for place in range(int(header["leaves"]))
@@ -94,6 +104,27 @@ def read_batch(file: Path) -> Batch:
             return pytree.tree_unflatten(leaves, pytree.treespec_loads(header["structure"]))
     except Exception as error:  # the file, its header, its structure: all of it comes from outside
         raise ArtefactError(f"{file} holds no recorded batch: {type(error).__name__}: {error}.") from error
+
+
+def _to_json(value: Any) -> dict[str, str]:
+    """What JSON has no word for, under the name of its type; no leaf is a dictionary."""
+    for kind in (torch.dtype, torch.device):
+        if isinstance(value, kind):
+            return {kind.__name__: str(value)}
+    raise TypeError(
+        f"it has an argument of type {type(value).__name__}, expected tensors, numbers, text, dtypes or devices"
+    )
+
+
+def _from_json(value: dict[str, Any]) -> Any:
+    if set(value) == {"device"}:
+        return torch.device(value["device"])
+    if set(value) == {"dtype"}:
+        found = getattr(torch, value["dtype"].removeprefix("torch."))
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"{found!r} is no dtype")
+        return found
+    return value
 
 
 def _read(batch: Batch | Path) -> Batch:

@@ -20,6 +20,7 @@ def test_a_batch_of_any_structure_survives_its_file(tmp_path: Path) -> None:
         "x": torch.randn(2, 3, dtype=torch.bfloat16),
         "nested": {"flags": (True, None, 2.5), "tables": [torch.arange(4), torch.zeros(0)]},
         "name": "a lighthouse",
+        "kinds": [torch.bfloat16, torch.device("cuda", 1)],
     }
     write_batch(tmp_path / "batch.safetensors", batch)
     again = read_batch(tmp_path / "batch.safetensors")
@@ -27,6 +28,7 @@ def test_a_batch_of_any_structure_survives_its_file(tmp_path: Path) -> None:
     assert again["nested"]["flags"] == (True, None, 2.5)
     assert [tensor.tolist() for tensor in again["nested"]["tables"]] == [[0, 1, 2, 3], []]
     assert again["name"] == "a lighthouse"
+    assert again["kinds"] == [torch.bfloat16, torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("damage", [b"", b"nothing of the kind", b"\xff" * 64])
@@ -35,6 +37,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: bytes) -> None:
     file.write_bytes(damage)
     with pytest.raises(diffcr_compile.ArtefactError, match="holds no recorded batch"):
         read_batch(file)
+
+
+@pytest.mark.parametrize("thing", [object(), {1: object()}, slice(1)])
+def test_what_no_file_holds_is_named_and_leaves_no_file(tmp_path: Path, thing: object) -> None:
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"can't be written to a file: .*Record without a folder"):
+        write_batch(tmp_path / "batch.safetensors", {"x": torch.zeros(2), "thing": thing})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recording_to_disk_is_recording(tmp_path: Path) -> None:
@@ -62,6 +71,14 @@ def test_a_limit_is_spread_evenly_over_the_regions(tmp_path: Path) -> None:
     assert Counter(kept) == {990.0: 2, 600.0: 2, 300.0: 2, 20.0: 2}
     assert kept == sorted(kept, reverse=True)
     assert len(list((tmp_path / "calls").iterdir())) == 8
+
+
+def test_with_a_limit_calls_outside_the_range_are_a_region_of_their_own() -> None:
+    model = routed(SHAPE)
+    with diffcr_compile.record(model, limit=4) as batches:
+        for step in [500.0] * 6 + [5000.0] * 6:
+            model(**tiny_inputs(SHAPE, timestep=step))
+    assert Counter(float(batch["timestep"].max()) for batch in batches) == {500.0: 2, 5000.0: 2}
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5])
