@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import BudgetKind
 from ..cost import UNITS
-from ..errors import ArtefactError
+from ..errors import ArtefactError, UnsupportedError
 from ..plan import TimestepPlan
 from ..region import region_of
 from .appraise import TokenMap
@@ -37,7 +37,7 @@ SKIPPED = torch.tensor([0.55, 0.16, 0.20])
 Histograms = tuple[tuple[float, float, tuple[int, ...]], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CalibrationReport:
     """history: one entry per step (``step``, ``loss``, ``share``: expected share of the dense cost, ``phase``).
 
@@ -69,6 +69,9 @@ class CalibrationReport:
     uniform: dict[float, float] = field(default_factory=dict)
     tokens: tuple[TokenMap, ...] = ()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CalibrationReport) and self.to_dict() == other.to_dict()
+
     def __str__(self) -> str:
         losses = [entry["loss"] for entry in self.history]
         how = f"{len(losses)} steps" if losses else "training-free"
@@ -89,7 +92,11 @@ class CalibrationReport:
 
     def sampler_share(self, timesteps: Iterable[float]) -> float:
         """Mean share of the dense FLOPs over a sampler's timesteps (``scheduler.timesteps``): a table is indexed by training
-        timestep, and every sampler weighs its rows anew. Raises ValueError outside the range of training."""
+        timestep, and every sampler weighs its rows anew. Raises ValueError outside the range of training, and where there are
+        none."""
+        timesteps = list(timesteps)
+        if not timesteps:
+            raise ValueError("expected a sampler's timesteps, found none; schedulers make theirs by set_timesteps")
         if self.timestep is None:
             return self.region_flops[0] / self.dense_flops
         regions = [region_of(float(value), self.timestep, len(self.table))[0] for value in timesteps]
@@ -98,8 +105,14 @@ class CalibrationReport:
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Heat map of the table; error against share of the cost; curves of both while it learned; histograms of the routers'
         scores; the tokens of one sample at several timesteps: those of which there is anything. A matplotlib figure, written to
-        ``path`` if given."""
-        from matplotlib.figure import Figure
+        ``path`` if given. Raises UnsupportedError without matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UnsupportedError(
+                f"pictures need matplotlib, which can't be imported ({error}): pip install 'diffcr-compile[plots]'. Text and "
+                f"{_JSON} go without."
+            ) from error
 
         panels = [lambda axes: draw_table(axes, self.table)]
         panels += [self._draw_tradeoff] if self.errors else []
@@ -120,7 +133,8 @@ class CalibrationReport:
         return figure
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``report.json`` and ``report.png`` into a folder, which is made where there is none."""
+        """Write ``report.json`` and ``report.png`` into a folder, which is made where there is none. Without matplotlib the first
+        alone, and UnsupportedError is raised."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         (target / _JSON).write_text(json.dumps(self.to_dict(), indent=1))

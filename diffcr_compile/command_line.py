@@ -224,9 +224,9 @@ def calibrate_command(
     transform(denoiser, options, example_inputs=first)
     report = calibrate(denoiser, given, budget=budget, config=chosen, checkpoint=checkpoint)
     save(denoiser, output)
-    report.save(output)
     if chosen.preset != "training-free" and chosen.trainable != "routers":
         denoiser.save_pretrained(output / "model")
+    report.save(output)
     _say(f"written to {output}")
     _print(report.to_dict() if as_json else str(report))
 

@@ -7,6 +7,7 @@ import functools
 import html
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from diffcr_compile.calibration.report import CalibrationReport, draw_table
 from models import Shape, original, reference_flops, routed, tiny_inputs
 
 import diffcr_compile
-from diffcr_compile import ArtefactError, CalibrationConfig
+from diffcr_compile import ArtefactError, CalibrationConfig, UnsupportedError
 from diffcr_compile.plan import TimestepPlan
 
 
@@ -50,6 +51,28 @@ def test_the_picture(report: CalibrationReport, tmp_path: Path) -> None:
     figure = report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 1000
     assert len(figure.axes) >= 3
+
+
+def test_without_matplotlib_the_json_is_written_and_it_says_what_to_install(
+    report: CalibrationReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"can't be imported \(.*pip install 'diffcr-compile\[plots\]'"):
+        report.save(tmp_path)
+    assert CalibrationReport.load(tmp_path) == report
+
+
+def test_reports_are_equal_where_all_they_tell_is(report: CalibrationReport) -> None:
+    assert report == replace(report, table=report.table.clone())
+    assert report != replace(report, table=report.table + 0.1)
+    assert report != replace(report, seconds=1.0)
+    assert report != "a report"
+
+
+def test_a_sampler_has_timesteps(report: CalibrationReport) -> None:
+    for one in (report, replace(report, timestep=TimestepPlan("t", 0.0, 1000.0))):
+        with pytest.raises(ValueError, match=r"expected a sampler's timesteps, found none; .* set_timesteps"):
+            one.sampler_share([])
 
 
 def test_the_heat_map_has_a_cell_for_every_ratio(report: CalibrationReport) -> None:
