@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, signature_of
+from ..arguments import bind_arguments, iterate_leaves, leaf_name, map_leaves, positional_names, signature_of
 from ..config import DiffCRConfig
 from ..errors import UnsupportedError
 from ..routed import routing_of
@@ -61,7 +62,8 @@ def outline_flat(model: nn.Module, call: Call) -> Flat:
     if "forward" in vars(model):
         raise Refused("it has no blocks below it, and its forward is not its class's")
     # A model may be longer than what is exported as one block.
-    graph = _graph_on_model(export_block(BlockAnalysis(model, "", replace(call, num_operators=0), DiffCRConfig())))
+    block = export_block(BlockAnalysis(model, "", replace(call, num_operators=0), DiffCRConfig()))
+    graph = _graph_on_model(block)
     parts = _repeated_segments(graph)
     if not parts:
         raise Refused("no module takes and returns tokens, and no repeated residual sum in its graph attends")
@@ -83,14 +85,14 @@ def outline_flat(model: nn.Module, call: Call) -> Flat:
     run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
     base = type(model).forward
     model.add_module(BLOCKS, holder.train(model.training))
-    model.forward = types.MethodType(_flat_forward(base, run, call), model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(_flat_forward(base, run, block), model)  # type: ignore[method-assign]
     return Flat(model)
 
 
-def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call) -> Callable[..., Any]:
+def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], block: BlockAnalysis) -> Callable[..., Any]:
     """The forward to bind: the graph's where a block routes, or may be seen to; else the original."""
-    names = positional_names(base)
-    known = _fixed(call.arguments)
+    names, call = positional_names(base), block.call
+    known, guards = _fixed(call.arguments), _guards(block)
 
     @functools.wraps(base)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +107,14 @@ def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call)
                 f"with {', '.join(bound)}, or with other values of its flags and numbers. Restore it and transform it with "
                 "example_inputs of this kind."
             )
-        outputs = iter(run(self, *(leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor))))
+        tensors = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)]
+        for guard, holds in guards:
+            if not holds(*tensors):
+                raise UnsupportedError(
+                    f"the graph of {type(self).__name__} holds where {guard}: in this call it may do something else. "
+                    "Restore it and transform it with example_inputs of this kind."
+                )
+        outputs = iter(run(self, *tensors))
         return map_leaves(lambda _, leaf: next(outputs) if isinstance(leaf, TensorInfo) else leaf, call.output)
 
     return forward
@@ -115,6 +124,15 @@ def _fixed(bound: dict[str, Any]) -> Any:
     """What the graph is written for in a call: ranks of tensors, and the values of all else."""
     values = [leaf for _, leaf in iterate_leaves(bound) if not isinstance(leaf, Tensor | TensorInfo | None)]
     return signature_of(map_leaves(as_meta, bound)), values
+
+
+def _guards(block: BlockAnalysis) -> list[tuple[str, Callable[..., bool]]]:
+    """What export found that the sizes of a call's tensors must fulfil, in words and as functions of the tensors."""
+    assert block.program is not None
+    names = [leaf_name(path) for path, leaf in block.call_leaves if isinstance(leaf, TensorInfo)]
+    size = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)")
+    guards = [size.sub(lambda found: f"{names[int(found[1])]}.shape", guard) for guard in block.program._guards_code]
+    return [(guard, eval(f"lambda {', '.join(names)}: {guard}")) for guard in guards]
 
 
 def _graph_on_model(block: BlockAnalysis) -> fx.Graph:

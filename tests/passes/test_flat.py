@@ -152,6 +152,39 @@ def test_a_number_that_the_graph_holds_may_not_change(ratio: float) -> None:
             model(**inputs(1), scale=2.0)
 
 
+class Branching(FlatDiT):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x if x.shape[1] <= 12 else 2 * x, timestep)
+
+
+class Counting(FlatDiT):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.cat([super(Counting, self).forward(x[i : i + 1], timestep[i : i + 1]) for i in range(len(x))])
+
+
+def sized(batch: int, num_tokens: int) -> dict[str, Any]:
+    return {"x": torch.ones(batch, num_tokens, CHANNELS), "timestep": torch.full((batch,), 300.0)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "fits", "other", "guard"),
+    [
+        (Branching, sized(2, 12), sized(2, 13), r"x\.shape\[1\] <= 12"),
+        (Counting, sized(BATCH, 13), sized(2, TOKENS), rf"x\.shape\[0\] == {BATCH}"),
+    ],
+)
+def test_sizes_for_which_the_forward_does_something_else_are_refused(
+    kind: type[FlatDiT], fits: dict[str, Any], other: dict[str, Any], guard: str
+) -> None:
+    model, plain = diffcr_compile.transform(kind().eval(), example_inputs=inputs()), kind().eval()
+    assert same_bits(model(**other), plain(**other)), "the original runs while nothing is skipped"
+    diffcr_compile.set_ratios(model, 0.001)
+    assert same_bits(model(**fits), plain(**fits))
+    with pytest.raises(diffcr_compile.UnsupportedError, match=rf"the graph of {kind.__name__} holds where {guard}"):
+        model(**other)
+
+
 @torch.no_grad()
 def test_an_argument_of_none_may_be_left_out() -> None:
     class Biased(FlatDiT):
