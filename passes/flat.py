@@ -44,12 +44,14 @@ class Flat:
     """What was changed, and how to take it back."""
 
     model: nn.Module
+    forward: Callable[..., Any]
 
     def undo(self) -> None:
-        """The model as it was."""
+        """The model as it was. A forward that someone else has since set on the instance stays: the one below it passes."""
         if BLOCKS in self.model._modules:
             del self.model._modules[BLOCKS]
-            vars(self.model).pop("forward", None)
+            if getattr(vars(self.model).get("forward"), "__func__", None) is self.forward:
+                del vars(self.model)["forward"]
 
 
 class _Blocks(nn.Module):
@@ -85,8 +87,9 @@ def outline_flat(model: nn.Module, call: Call) -> Flat:
     run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
     base = type(model).forward
     model.add_module(BLOCKS, holder.train(model.training))
-    model.forward = types.MethodType(_flat_forward(base, run, block), model)  # type: ignore[method-assign]
-    return Flat(model)
+    forward = _flat_forward(base, run, block)
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    return Flat(model, forward)
 
 
 def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], block: BlockAnalysis) -> Callable[..., Any]:
@@ -98,7 +101,8 @@ def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], block: Bloc
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = routing_of(self)
         routed = state is not None and state.plan is not None  # else the blocks are being looked for
-        if routed and not (state.dense or state.learning or state.observers or state.routes):
+        untouched = routed and not (state.dense or state.learning or state.observers or state.routes)
+        if untouched or BLOCKS not in self._modules:
             return base(self, *args, **kwargs)
         bound = bind_arguments(names, args, kwargs)
         if _fixed(bound) != known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from pathlib import Path
@@ -81,6 +82,16 @@ def test_the_graph_with_every_token_kept_is_the_original_to_the_bit() -> None:
     model = transformed()
     diffcr_compile.set_ratios(model, 0.001)
     assert same_bits(model(**inputs(1)), FlatDiT().eval()(**inputs(1)))
+
+
+@torch.no_grad()
+def test_a_forward_that_was_wrapped_meanwhile_survives_restore() -> None:
+    model = transformed()
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: 2 * forward(*args, **kwargs))  # type: ignore[method-assign]
+    diffcr_compile.set_ratios(model, 0.5)
+    diffcr_compile.restore(model)
+    assert same_bits(model(**inputs(1)), 2 * FlatDiT().eval()(**inputs(1)))
 
 
 @torch.no_grad()
