@@ -187,7 +187,7 @@ class Learner:
 
     def _take_present_table(self) -> None:
         """With settle=1: the table as ``set_ratios`` left it."""
-        rows = _rows(self.state)
+        rows = self.state.rows
         (budget,) = self.task.budgets
         if self.task.costs.share(rows) > budget:
             raise BudgetError(
@@ -498,10 +498,6 @@ class Learner:
         batch = self._inputs(self.batches[index])
         targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
         return distillation_loss(output_tensors(self.model(**batch)), targets)
-
-
-def _rows(state: ModelRouting) -> Rows:
-    return [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
 
 
 def _clip(parameters: list[Tensor], largest: float) -> float:

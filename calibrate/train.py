@@ -218,8 +218,7 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
     needed = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     learned = [*weights, *(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)]
     before = [local(tensor.detach()).to("cpu", copy=True) for tensor in learned]
-    rows = [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)]
-    degree, learning = state.degree, state.learning
+    rows, degree, learning = state.rows, state.degree, state.learning
     try:
         for parameter in needed:
             parameter.grad = None

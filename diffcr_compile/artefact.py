@@ -72,7 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "config": state.config.to_dict(),
         "fingerprint": state.fingerprint,
         "plan": _encode(plan_to_dict(state.plan)),
-        "table": [list(row) for row in zip(*(block.ratios for block in state.blocks), strict=True)],
+        "table": state.rows,
         "trained": state.trained,
         "degree": state.degree,
         "sha256": hashlib.sha256(tensors).hexdigest(),

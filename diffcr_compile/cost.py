@@ -144,9 +144,8 @@ def cost(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Cost:
     inputs = None if example_inputs is None else bind_inputs(model, example_inputs)
     state = settle(model, inputs)
     costs = cost_model(model) if inputs is None else measure_costs(model, inputs)
-    rows = list(zip(*(block.ratios for block in state.blocks), strict=True))
     memory = sum(block.memory for block, routing in zip(costs.blocks, state.blocks, strict=True) if any(routing.ratios))
-    return Cost(int(costs.dense), tuple(int(costs.row_cost(row)) for row in rows), memory)
+    return Cost(int(costs.dense), tuple(int(costs.row_cost(row)) for row in state.rows), memory)
 
 
 def cost_model(model: nn.Module) -> CostModel:

@@ -219,6 +219,11 @@ class ModelRouting(_Whole):
         return self.config.num_regions if self.plan.timestep is not None else 1
 
     @property
+    def rows(self) -> list[list[int]]:
+        """The ratio table in thousandths: of each region the blocks' ratios, in order."""
+        return [list(row) for row in zip(*(block.ratios for block in self.blocks), strict=True)]
+
+    @property
     def routes(self) -> bool:
         """Whether some block skips anything in some region."""
         return any(any(block.ratios) for block in self.blocks)
