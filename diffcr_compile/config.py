@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeGuard, TypeVar, get_args
 
 Gate = Literal["exact", "sigmoid"]
 Skip = Literal["identity", "reuse"]
@@ -22,6 +22,20 @@ BudgetKind = Literal["flops", "tokens", "latency"]
 Trainable = Literal["all", "lora", "routers"]
 Preset = Literal["default", "paper", "training-free"]
 Scope = Literal["auto", "full", "regional"]
+
+Value = TypeVar("Value")
+
+
+class OrNone(Protocol[Value]):
+    """For type checkers: a field that may be given as ``None`` and then holds what the other options make of it, so that who reads
+    it finds a value. Nothing at run time, where ``__post_init__`` puts that value in."""
+
+    def __get__(self, options: object, owner: type) -> Value: ...
+    def __set__(self, options: object, value: Value | None) -> None: ...
+
+
+_RESOLVED: Any = None
+"""Default of such a field."""
 
 
 class _Options:
@@ -123,10 +137,10 @@ class DiffCRConfig(_Options):
         multiplies the timestep by before its sinusoidal embedding.
     """
 
-    num_regions: int = None  # type: ignore[assignment]
+    num_regions: OrNone[int] = _RESOLVED
     skip: Skip = "identity"
-    context: Context = None  # type: ignore[assignment]
-    selection: Selection = None  # type: ignore[assignment]
+    context: OrNone[Context] = _RESOLVED
+    selection: OrNone[Selection] = _RESOLVED
     router: RouterInput = "token"
     guidance: Guidance = "separate"
     extrapolation: int = 1
@@ -245,19 +259,19 @@ class CalibrationConfig(_Options):
     preset: Preset = "default"
     trainable: Trainable = "all"
     lora_rank: int = 32
-    estimator: Estimator = None  # type: ignore[assignment]
-    budget_kind: BudgetKind = None  # type: ignore[assignment]
-    steps: int = None  # type: ignore[assignment]
+    estimator: OrNone[Estimator] = _RESOLVED
+    budget_kind: OrNone[BudgetKind] = _RESOLVED
+    steps: OrNone[int] = _RESOLVED
     accumulation: int = 1
     checkpoint_every: int = 25
     learning_rate: float = 1e-4
     router_learning_rate: float = 1e-3
     ratio_learning_rate: float = 2e-2
     weight_decay: float = 3e-2
-    ramp: float = None  # type: ignore[assignment]
-    settle: float = None  # type: ignore[assignment]
+    ramp: OrNone[float] = _RESOLVED
+    settle: OrNone[float] = _RESOLVED
     max_grad_norm: float = 1.0
-    warm_start: bool = None  # type: ignore[assignment]
+    warm_start: OrNone[bool] = _RESOLVED
     tolerance: float = 0.01
     seed: int = 0
 

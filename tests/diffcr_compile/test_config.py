@@ -53,6 +53,23 @@ def test_options_are_frozen_and_by_keyword() -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        DiffCRConfig(),
+        DiffCRConfig(skip="reuse"),
+        *(CalibrationConfig(preset=preset) for preset in ("default", "paper", "training-free")),  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+def test_what_is_given_as_none_is_read_as_a_value(config: DiffCRConfig | CalibrationConfig) -> None:
+    later = [name for name, kind in type(config).__annotations__.items() if kind.startswith("OrNone")]
+    assert later
+    first = {name: getattr(config, name) for name in ("skip", "preset") if hasattr(config, name)}
+    assert type(config)(**first, **dict.fromkeys(later)) == config
+    assert None not in [getattr(config, name) for name in later]
+
+
+@pytest.mark.parametrize(
     ("cls", "options", "says"),
     [
         (DiffCRConfig, {"num_regions": 0}, "num_regions must be an integer >= 1, found 0"),
