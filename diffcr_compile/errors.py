@@ -38,4 +38,4 @@ class ArtefactError(DiffCRError):
 
 
 class LoweringError(DiffCRError):
-    """A combination of scope and mode that cannot be compiled."""
+    """A combination of scope, mode and options that cannot be compiled."""
