@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .arguments import bind_arguments, iterate_leaves, positional_names
+from .arguments import bind_arguments, iterate_leaves
 from .config import Scope
 from .errors import LoweringError
 from .region import pin_region
@@ -71,7 +71,7 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
         )
     compile_options = {"mode": mode, "fullgraph": True, "dynamic": False, **options}
     try:
-        torch.compile(_model_body, **compile_options)  # compiles nothing yet
+        torch.compile(_plain_body, **compile_options)  # compiles nothing yet
     except Exception as error:  # torch has no one type for what it does not know
         raise LoweringError(
             f"torch.compile does not take these options: {type(error).__name__}: {error!s:.200}"
@@ -152,9 +152,12 @@ class Lowered:
     ) -> Any:
         """One block, by the graph of its family at this ratio."""
         routing: BlockRouting = module.__dict__[STATE]
-        programs = tuple(id(program) for program in routing.programs.values())
+        programs = tuple(map(id, routing.programs.values()))
+        shapes = _shapes((args, kwargs))
+        if ratio == 0 and recalled is None:
+            return self._graph((programs, shapes), _plain_body)(routing.base, module, args, kwargs)
         memory = (recalled is None, recalled is not None and recalled[1])
-        key = (programs, ratio, id(routing.context), memory, _shapes((args, kwargs)))
+        key = (programs, ratio, id(routing.context), memory, shapes)
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
 
@@ -166,7 +169,7 @@ class Lowered:
         region = state.region() if state.needs_region else 0
         row = state.current.row or tuple(block.ratios[region] for block in state.blocks)
         trajectory = state.current.trajectory
-        shapes = _shapes(bind_arguments(positional_names(type(model).forward), args, kwargs))
+        shapes = _shapes((args, kwargs))
         recalled: dict[int, Recalled] | None = {}
         if trajectory is not None:
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
@@ -181,7 +184,7 @@ class Lowered:
             first = trajectory is not None and trajectory.first
             seen = region if state.config.router == "timestep" else None
             key = (row, seen, first, trajectory is None, tuple(id(block.context) for block in state.blocks), shapes)
-            output = self._graph(key, _model_body)(base, model, args, kwargs)
+            output = self._graph(key, _plain_body)(base, model, args, kwargs)
         return _clone(output) if self.clone_outputs else output
 
     def _is_given_other(
@@ -190,7 +193,7 @@ class Lowered:
         """Whether a call holds other values beside its tensors than the last one, which rewritten graphs hold."""
         if state.config.context == "kept":
             return False
-        bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
+        bound = bind_arguments(state.positional, args, kwargs)
         before, self.given = self.given or _settings(state.example_inputs), _settings(bound)
         return before != self.given
 
@@ -231,7 +234,7 @@ def _block_body(
     return forward_at(module, ratio, args, kwargs, recalled, vector)
 
 
-def _model_body(base: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _plain_body(base: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return base(model, *args, **kwargs)
 
 

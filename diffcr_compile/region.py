@@ -207,7 +207,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     config = state.config
     if not (state.learning or state.needs_region or config.skip == "reuse" or config.guidance == "shared"):
         return None
-    bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
+    bound = bind_arguments(state.positional, args, kwargs)
     follow_trajectory(model, state, bound)
     regions = resolve_regions(model, state, bound)
     state.current.region = state.last_region = regions[0]
@@ -299,8 +299,7 @@ def pick_samples(
     model: nn.Module, state: ModelRouting, samples: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call for some samples of the batch, in the form in which it was written: hooks look at that."""
-    axes = state.plan.input_batch_axes
-    names = positional_names(type(model).forward)
+    axes, names = state.plan.input_batch_axes, state.positional
     bound = bind_arguments(names, args, kwargs)
     paths = {path for path, leaf in iterate_leaves(bound) if leaf is not None and not isinstance(leaf, bool)}
     known = paths <= state.plan.input_paths

@@ -167,11 +167,16 @@ class _Whole:
         )
 
 
+def _are_equal(ratios: tuple[int, ...]) -> bool:
+    return ratios.count(ratios[0]) == len(ratios)
+
+
 @dataclass(eq=False)
 class ModelRouting(_Whole):
     """State at the root of a routed model.
 
-    plan: None while the search for blocks is ``deferred``. blocks: in order of first execution, the columns of the ratio
+    plan: None while the search for blocks is ``deferred``. positional: names of the parameters of the root's forward that may be
+    given by position. blocks: in order of first execution, the columns of the ratio
     table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
     integers were last taken from it. learning: what blocks compute while they learn; dense: every block as it was. trained: the
     routers have been learned. rehearsal: with reuse, what forwards that learn find remembered, and leave as it is.
@@ -186,6 +191,7 @@ class ModelRouting(_Whole):
 
     config: DiffCRConfig
     plan: ModelPlan = None  # type: ignore[assignment]
+    positional: tuple[str, ...] = ()
     blocks: list[BlockRouting] = field(default_factory=list)
     current: Current = field(default_factory=Current)
     last_region: int = 0
@@ -231,7 +237,7 @@ class ModelRouting(_Whole):
     @property
     def varies_by_region(self) -> bool:
         """Whether some block's ratio depends on the timestep."""
-        return any(ratio != block.ratios[0] for block in self.blocks for ratio in block.ratios)
+        return not all(_are_equal(block.ratios) for block in self.blocks)
 
     @property
     def needs_region(self) -> bool:
@@ -317,7 +323,7 @@ class BlockRouting(_Whole):
         if row is not None:
             return row[self.index]
         ratios = self.ratios
-        return ratios[0] if all(ratio == ratios[0] for ratio in ratios) else ratios[self.model.region()]
+        return ratios[0] if _are_equal(ratios) else ratios[self.model.region()]
 
     def program(self, bound: dict[str, Any]) -> Program:
         """The program for this kind of call."""

@@ -97,7 +97,7 @@ def route_blocks(
     programs = [write_program(family, state.config) for family in plan.families]
     modules = [model.get_submodule(site.fqn) for site in plan.sites]
     reference = next(model.parameters(), None)
-    state.plan = plan
+    state.plan, state.positional = plan, positional_names(type(model).forward)
     num_vectors = state.num_regions if state.config.router == "timestep" else None
     routers = [
         _make_router(module, site.fqn, plan.families[site.family].width, reference, num_vectors)

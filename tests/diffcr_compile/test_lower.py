@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffcr_compile
 from diffcr_compile.lower import unlowered
-from diffcr_compile.routed import routing_of
+from diffcr_compile.routed import STATE, routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
@@ -61,6 +61,25 @@ def test_full_makes_one_graph_per_distinct_row() -> None:
         for step in STEPS:
             assert same_bits(run(model, step), run(eager, step))
     assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("scope", ["full", "regional"])
+def test_a_call_reads_no_signature(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a forward takes the host longer than all else that a lowered call does before its graph."""
+    _, model, _ = lowered(TABLE, scope)
+    expected = run(model)
+    monkeypatch.setattr("inspect.signature", lambda *_: pytest.fail("a signature was read"))
+    assert same_bits(run(model), expected)
+
+
+def test_a_dense_block_is_compiled_without_its_routing() -> None:
+    """So nothing of the routing is checked before its graph is run: another context, memory or region takes the same one."""
+    _, model, counter = lowered(0.0, "regional")
+    run(model)
+    state = model.blocks[0].__dict__[STATE]
+    state.context, state.positional = object(), ()
+    run(model, 900.0)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
