@@ -176,8 +176,7 @@ def test_export(name: str) -> None:
     )
 
 
-@pytest.mark.slow
-@row(3, "AOTInductor, packaged and loaded", models=("dit",))
+@row(3, "AOTInductor, packaged and loaded", slow=tuple(TINY))
 def test_ahead_of_time(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     model, given = layerwise(name), inputs(name)
     package = str(tmp_path_factory.mktemp("package") / "routed.pt2")
