@@ -31,7 +31,7 @@ _import_package()
 _torchvision = importlib.import_module("torchvision_operators").define()
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
-settings.register_profile("nightly", deadline=None, max_examples=300)
+settings.register_profile("nightly", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_CASES", "300")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

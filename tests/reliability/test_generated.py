@@ -151,7 +151,9 @@ ANY_RATIO = st.integers(0, 1000)
 BETWEEN = st.integers(200, 800)
 """Thousandths at which at least one of five tokens skips and one is kept."""
 
-examples = settings(suppress_health_check=[HealthCheck.too_slow], max_examples=cases(6, 300))
+examples = settings(
+    suppress_health_check=[HealthCheck.too_slow], max_examples=cases(6, settings.get_profile("nightly").max_examples)
+)
 
 
 @examples
