@@ -36,7 +36,8 @@ def shadow(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever a user's attribute raises when copied
         raise CaptureError(
             f"{type(model).__name__} holds something that can't be copied ({type(error).__name__}: {error}), so it can't be "
-            "looked at without changing it. Remove such objects (open files, locks, handles) before transform."
+            "looked at without changing it. Remove such objects (open files, locks, handles) before transform; where the model was "
+            "sharded (FSDP), transform first."
         ) from error
     return duplicate
 

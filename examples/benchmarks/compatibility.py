@@ -29,6 +29,7 @@ SUBJECTS = {
     5: "quantisation (torchao)",
     6: "guidance and steps",
     7: "offload, casting, checkpointing, copies",
+    8: "several processes (DDP, FSDP2)",
     9: "caches, repeated blocks",
     10: "residuals and image prompts",
     11: "other structures",
