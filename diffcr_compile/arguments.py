@@ -120,8 +120,8 @@ def record_fields(value: Any) -> tuple[str, ...]:
 
 
 def signature_of(bound: dict[str, Any]) -> Signature:
-    """What a routing plan is valid for: each leaf's path with a tensor's rank, a flag's, integer's or text's value, whether a float
-    is zero, or the name of the leaf's type.
+    """What a routing plan is valid for: each leaf's path with a tensor's rank (or that it is nested), a flag's, integer's or text's
+    value, whether a float is zero, or the name of the leaf's type.
 
     ``None`` counts as absent: a block may be called with an optional argument left out or given as ``None``.
     """
@@ -130,7 +130,7 @@ def signature_of(bound: dict[str, Any]) -> Signature:
 
 def _kind_of(leaf: Any) -> int | str:
     if isinstance(leaf, torch.Tensor):
-        return leaf.ndim
+        return "nested tensor" if leaf.is_nested else leaf.ndim
     if isinstance(leaf, bool | int | str):
         return f"{type(leaf).__name__} {leaf!r}"
     if isinstance(leaf, float):

@@ -77,7 +77,7 @@ class Call:
 @dataclass(frozen=True)
 class ModelAnalysis:
     """What is known of a model so far; each pass fills in its part. batch_axes: of every module, the axes of its first call's
-    tensors that one more sample makes longer."""
+    tensors that one more sample makes longer. nested: modules that are called with nested tensors where nobody watches."""
 
     model: nn.Module
     config: DiffCRConfig
@@ -85,6 +85,7 @@ class ModelAnalysis:
     filter_fn: Callable[[nn.Module, str], bool]
     calls: dict[str, tuple[Call, ...]] = field(default_factory=dict)
     batch_axes: dict[str, dict[Path, int]] = field(default_factory=dict)
+    nested: frozenset[str] = frozenset()
     module_flops: dict[str, int] = field(default_factory=dict)
     timestep: TimestepPlan | None = None
     timestep_note: str = ""

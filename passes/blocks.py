@@ -26,6 +26,11 @@ BLOCK_PASSES = (export_block, find_attention, find_stream, plan_leaves, prove_bl
 
 _FILTERED = "left out by filter_fn"
 
+_NESTED = (
+    "it is called with nested tensors, whose samples have different numbers of tokens; routing keeps the same number of each. A "
+    "stack of torch's layers makes them of padded ones unless it is built with enable_nested_tensor=False"
+)
+
 _CONTAINER_SHARE = 0.9
 """A module whose repeated parts hold this share of its parameters is a stack of blocks, not a block."""
 
@@ -156,6 +161,10 @@ class _Search:
         if not self.analysis.filter_fn(module, fqn):
             if not as_branch:
                 self._refuse(module, fqn, _FILTERED)
+            return False
+        if fqn in self.analysis.nested:
+            if not as_branch:
+                self._refuse(module, fqn, _NESTED)
             return False
         caller = self._caller(fqn) if as_branch else None
         for call in self.analysis.calls[fqn]:

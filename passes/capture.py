@@ -55,7 +55,8 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
         return replace(
             analysis,
             calls=calls,
-            batch_axes={} if enlarged is None else {fqn: _grown(calls[fqn][0], enlarged[fqn]) for fqn in calls},
+            nested=frozenset(fqn for fqn in calls if called[fqn] is None),
+            batch_axes={} if enlarged is None else {fqn: _grown(calls[fqn][0], enlarged[fqn] or {}) for fqn in calls},
             module_flops=run.flops,
             timestep_reach=tuple(run.tracker.reached.items()),
             input_batch_axes=axes[0],
@@ -185,8 +186,8 @@ def _longer(value: Any, batch: int) -> Any:
 
 
 _BatchAxes = tuple[dict[Path, int], tuple[int, ...]]
-_Called = dict[str, dict[Path, tuple[int, ...]]]
-"""The modules that a run called, with the shapes of what they were first called with."""
+_Called = dict[str, dict[Path, tuple[int, ...]] | None]
+"""The modules that a run called, with the shapes of what they were first called with; None for nested tensors, which have none."""
 
 
 def _find_batch_axes(
@@ -244,8 +245,10 @@ def _run_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> t
     def note(fqn: str, forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            leaves = iterate_leaves(bind_arguments(names, args, kwargs))
-            called.setdefault(fqn, {path: tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, Tensor)})
+            bound = bind_arguments(names, args, kwargs)
+            tensors = {path: leaf for path, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)}
+            nested = any(leaf.is_nested for leaf in tensors.values())
+            called.setdefault(fqn, None if nested else {path: tuple(leaf.shape) for path, leaf in tensors.items()})
             return forward(*args, **kwargs)
 
         return noted

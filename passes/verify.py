@@ -186,6 +186,7 @@ class Trial:
     def check_permutation(self, plan: BlockPlan) -> None:
         """The block on permuted tokens gives the permuted result."""
         expected = self._run(self.values)
+        self._check_finite(expected)
         for order in (torch.randperm(self.num_tokens, generator=self.generator), torch.arange(self.num_tokens).flip(0)):
             self._compare_permuted(plan, expected, order)
 
@@ -214,6 +215,33 @@ class Trial:
         raise Refused(
             "it walks its children, of which a router would be one more (hold the layers it runs in a ModuleList)"
         )
+
+    def _check_finite(self, outputs: list[Tensor]) -> None:
+        """Refuses a block that gives NaN: on these values, or where a mask is all true or all false, as kept tokens may have it."""
+        finite = [_finite(outputs)]
+        if not finite[0] or any(isinstance(value, Tensor) and value.dtype == torch.bool for value in self.values):
+            for value in (True, False):
+                masked = [self._constant_mask(index, value) for index in range(len(self.values))]
+                with contextlib.suppress(Refused):
+                    finite.append(_finite(self._run(masked)))
+        if any(finite) and not all(finite):
+            raise Refused(
+                "a mask that leaves a token nothing to attend to makes NaN of it, and a sample's kept tokens may all be masked. "
+                "Mask by a large number instead of -inf; where these are torch's fused layers (any mask of numbers does so there), "
+                "call torch.backends.mha.set_fastpath_enabled(False) before transform"
+            )
+        if not any(finite):
+            raise Refused("its result is not finite on random inputs and weights")
+
+    def _constant_mask(self, index: int, value: bool) -> Any:
+        """An input's value; where it might be a mask (boolean, or without an axis of fixed size), nothing or all of it."""
+        given, dims = self.values[index], self.block.leaf_dims[index]
+        if not isinstance(given, Tensor):
+            return given
+        if given.dtype == torch.bool:
+            return torch.full_like(given, value)
+        wide = len(dims) < 2 or any(not size.free_symbols and size != 1 for size in dims)
+        return given if wide or not given.is_floating_point() else torch.zeros_like(given)
 
     @torch.no_grad()
     def check_program(self, plan: BlockPlan) -> float:
@@ -393,6 +421,10 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     difference = (result.to(torch.complex64) if result.is_complex() else result.float()) - expected
     worst, scale = difference.abs().max(), expected.abs().max().clamp(min=1e-6)
     return float(worst / scale) if bool(torch.isfinite(worst) & torch.isfinite(scale)) else float("inf")
+
+
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(output).all()) for output in outputs)
 
 
 def _narrow(leaf: LeafPlan, value: Any, sample: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 from diffcr_compile.passes.analysis import Refused
 from diffcr_compile.passes.blocks import BLOCK_PASSES
 from diffcr_compile.passes.verify import TOLERANCE, randomised_copy, relative_error
-from hand import D, Hand, N, analyse, block_of, draw
+from hand import B, D, Hand, N, analyse, block_of, draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,3 +134,43 @@ def test_the_proof_draws_nothing_from_the_global_generator() -> None:
     before = torch.get_rng_state()
     prove(plain, x=draw())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def masked_by_hand(self: Hand, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = self.heads(x)
+    scores = (q @ k.mT / 2).masked_fill(~mask[:, None, None], -torch.inf)
+    return x + self.join(scores.softmax(dim=-1) @ v)
+
+
+def masked_safely(self: Hand, x: Tensor, mask: Tensor) -> Tensor:
+    return x + self.join(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask[:, None, None]))
+
+
+def padded_safely(self: Hand, x: Tensor, mask: Tensor) -> Tensor:
+    return x + self.join(F.scaled_dot_product_attention(*self.heads(x), attn_mask=~mask[:, None, None]))
+
+
+def padded_by_hand(self: Hand, x: Tensor, mask: Tensor) -> Tensor:
+    return masked_by_hand(self, x, ~mask)
+
+
+@pytest.mark.parametrize("forward", [masked_by_hand, padded_by_hand])
+def test_a_mask_that_may_make_nan_is_refused(forward: Callable[..., Any]) -> None:
+    """Of a sample the kept tokens alone may be masked, which in the dense model never is."""
+    with pytest.raises(Refused, match=r"nothing to attend to makes NaN .* a large number instead of -inf"):
+        prove(forward, x=draw(), mask=torch.ones(B, N, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("forward", [masked_safely, padded_safely])
+def test_a_mask_that_makes_zeros_is_taken(forward: Callable[..., Any]) -> None:
+    proved = prove(forward, x=draw(), mask=torch.ones(B, N, dtype=torch.bool))
+    assert [leaf.name for leaf in proved.leaves if leaf.token_axes] == ["x", "mask"]
+
+
+def divided(self: Hand, x: Tensor) -> Tensor:
+    return x + self.attend(x) / (x - x)
+
+
+def test_what_is_never_finite_is_refused_as_such() -> None:
+    with pytest.raises(Refused, match="not finite on random inputs"):
+        prove(divided, x=draw())
