@@ -69,6 +69,7 @@ def export_block(block: BlockAnalysis, *, as_it_is: bool = False) -> BlockAnalys
         try:
             with torch.no_grad(), _quiet():
                 program = export(flat, tensors, dynamic_shapes=(dynamic,), strict=False)
+            program.example_inputs = None  # programs are kept while blocks are looked for
             break
         except Exception as error:  # torch.export raises whatever the block's code does
             refusals.append(error if isinstance(error, Refused) else Refused(_untraced(error)))

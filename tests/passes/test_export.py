@@ -91,3 +91,10 @@ def test_long_loops_are_not_exported() -> None:
     block = replace(block, call=replace(block.call, num_operators=LONGEST + 1))
     with pytest.raises(Refused, match=f"{LONGEST + 1} operators in one call"):
         export_block(block)
+
+
+def test_the_tensors_it_was_exported_with_are_not_kept() -> None:
+    """They are as large as the captured call's, and programs are kept while the search goes on."""
+    block = analyse(block_of(with_table), {"x": draw(), "table": draw(N, D), "scale": 0.5}, [export_block])
+    assert block.program is not None
+    assert block.program.example_inputs is None
