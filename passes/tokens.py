@@ -46,7 +46,7 @@ def find_stream(block: BlockAnalysis) -> BlockAnalysis:
         return find_stream(_free_fixed_batch(block, int(dims[0])))
     if not others:
         raise Refused(
-            "its token input has no batch axis of free size (packed sequences, or a batch size fixed in the block)"
+            "its token input has no batch axis, or one of fixed size (samples that are packed in one sequence can't be told apart)"
         )
     if len(others) > 1 or not others[0].is_Symbol:
         raise Refused(f"its token input has more than a batch and a token axis: {_text(dims)}")
