@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arguments import ExampleInputs, bind_inputs, iterate_leaves, map_leaves
 from .config import BudgetKind
 from .dry_run import describe_inputs, dry_run, shadow
-from .errors import CaptureError
+from .errors import CaptureError, UnsupportedError
 from .flops import count_flops
 from .memory import allocate
 from .observe import watch_calls
@@ -186,12 +186,22 @@ def _measure_shadow(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
         try:
             return _measure(shadow(model), inputs, fake=fake)
         except Exception as error:  # whatever the user's model raises
+            if isinstance(error, UnsupportedError) and _planned_more(model, inputs):
+                return measure_costs(model, inputs)
             errors.append(error)
     if isinstance(errors[-1], CaptureError):
         raise errors[-1]
     raise CaptureError(
         f"{type(model).__name__} could not be run on the inputs it was given: {type(errors[-1]).__name__}: {errors[-1]}"
     ) from errors[-1]
+
+
+def _planned_more(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Look at this call of the model; whether it makes kinds of call that were new, and are planned now."""
+    state: ModelRouting = routing_of(model)
+    known = state.num_programs
+    state.look_at(model, (), inputs)
+    return state.num_programs > known
 
 
 def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostModel:

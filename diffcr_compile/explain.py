@@ -17,7 +17,8 @@ from .unwrap import unwrap
 class FamilyExplanation:
     """Blocks that share one plan: their names, the plan, and the routed program as Python code of its FX graph.
 
-    reuses: a skipped token's last updates are remembered, and what they foretell is added to it.
+    reuses: a skipped token's last updates are remembered, and what they foretell is added to it. later: the blocks' plans for the
+    kinds of call that were met since, which are planned anew where the routing is loaded.
     """
 
     plan: BlockPlan
@@ -25,6 +26,7 @@ class FamilyExplanation:
     flops_share: float
     program: str
     reuses: bool = False
+    later: tuple[BlockPlan, ...] = ()
 
     def __str__(self) -> str:
         plan = self.plan
@@ -52,6 +54,9 @@ class FamilyExplanation:
             )
         elif self.plan.context_note:
             lines.append(f"  {self.plan.context_note}")
+        for other in self.later:
+            given = ", ".join(leaf.name + (" (follows the tokens)" if leaf.token_axes else "") for leaf in other.leaves)
+            lines.append(f"  met later: a call with {given}; called: {other.lift}; proof error: {other.error:.1e}")
         lines += ["  routed program:", *(f"    {line}" for line in self.program.strip().splitlines())]
         return "\n".join(lines)
 
@@ -109,7 +114,8 @@ def explain(model: nn.Module) -> Explanation:
         blocks = tuple(site.fqn for site in plan.sites if site.family == index)
         routing = next(block for block in state.blocks if block.fqn == blocks[0])
         share = plan.family_flops[index] / max(plan.dense_flops, 1)
-        families.append(FamilyExplanation(family, blocks, share, _program(routing, family), reuses))
+        later = tuple(program.plan for program in routing.programs.values() if program.plan is not family)
+        families.append(FamilyExplanation(family, blocks, share, _program(routing, family), reuses, later))
     return Explanation(
         type(model).__name__, plan, tuple(families), read_table(state), state.trained, config.router, config.selection
     )

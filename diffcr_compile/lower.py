@@ -152,14 +152,20 @@ class Lowered:
     ) -> Any:
         """One block, by the graph of its family at this ratio."""
         routing: BlockRouting = module.__dict__[STATE]
-        programs = tuple(map(id, routing.programs.values()))
+        programs, contexts = (tuple(map(id, known.values())) for known in (routing.programs, routing.contexts))
         shapes = _shapes((args, kwargs))
         if ratio == 0 and recalled is None:
             return self._graph((programs, shapes), _plain_body)(routing.base, module, args, kwargs)
         memory = (recalled is None, recalled is not None and recalled[1])
-        key = (programs, ratio, id(routing.context), memory, shapes)
+        key = (programs, ratio, contexts, memory, shapes)
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
-        return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
+        try:
+            return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
+        except torch._dynamo.exc.Unsupported:
+            routing.program(bind_arguments(routing.positional, args, kwargs))  # a new kind of call is analysed eagerly
+            if len(routing.programs) == len(programs):
+                raise
+        return self.run_block(module, ratio, args, kwargs, recalled)
 
     def run_model(
         self, model: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,8 +189,14 @@ class Lowered:
             state.current.recalled = recalled
             first = trajectory is not None and trajectory.first
             seen = region if state.config.router == "timestep" else None
-            key = (row, seen, first, trajectory is None, tuple(id(block.context) for block in state.blocks), shapes)
-            output = self._graph(key, _plain_body)(base, model, args, kwargs)
+            key = (row, seen, first, trajectory is None, _contexts(state), shapes)
+            known = (state.num_programs, _contexts(state))
+            try:
+                output = self._graph(key, _plain_body)(base, model, args, kwargs)
+            except torch._dynamo.exc.Unsupported:
+                output = base(model, *args, **kwargs)  # a new kind of call is analysed eagerly
+                if (state.num_programs, _contexts(state)) == known:
+                    raise
         return _clone(output) if self.clone_outputs else output
 
     def _is_given_other(
@@ -202,6 +214,11 @@ class Lowered:
         if graph is None:
             graph = self.graphs[key] = torch.compile(_own_code(body, len(self.graphs)), **self.options)
         return graph
+
+
+def _contexts(state: ModelRouting) -> tuple[int, ...]:
+    """Which rewritten graphs are in force."""
+    return tuple(id(context) for block in state.blocks for context in block.contexts.values())
 
 
 def _shapes(call: Any) -> tuple[torch.Size, ...]:

@@ -141,11 +141,12 @@ def watch_calls(
     after: Callable[..., object] | None = None,
 ) -> Iterator[None]:
     """Inside, every call of a routed block is shown to ``before(block, args, kwargs)`` as it comes in, and to
-    ``after(block, args, kwargs, output)`` once it has run."""
+    ``after(block, args, kwargs, output)`` once it has run; those of a copy, in which a new kind of call is looked at, are not."""
 
-    def show(observe: Callable[..., object], block: BlockRouting) -> Callable[..., None]:
-        def hook(_: nn.Module, *call: Any) -> None:
-            observe(block, *call)
+    def show(observe: Callable[..., object], block: BlockRouting, watched: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, *call: Any) -> None:
+            if module is watched:
+                observe(block, *call)
 
         return hook
 
@@ -153,9 +154,9 @@ def watch_calls(
     for block in state.blocks:
         module = model.get_submodule(block.fqn)
         if before is not None:
-            handles.append(module.register_forward_pre_hook(show(before, block), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(show(before, block, module), with_kwargs=True))
         if after is not None:
-            handles.append(module.register_forward_hook(show(after, block), with_kwargs=True))
+            handles.append(module.register_forward_hook(show(after, block, module), with_kwargs=True))
     try:
         yield
     finally:

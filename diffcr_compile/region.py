@@ -197,6 +197,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         return None
     if not torch.compiler.is_compiling():
         state.sync_with_masters()
+        state.current.call = (model, args, kwargs)
     if state.current.split is not None:  # an error ended the forward that it belongs to
         state.current.split = None
     if state.current.pinned:
@@ -229,6 +230,8 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if state.current.split is not None:
         (groups, args, kwargs), state.current.split = state.current.split, None
         output, regions = _run_other_groups(model, state, groups, args, kwargs, output), list(groups)
+    if not torch.compiler.is_compiling():
+        state.current.call = None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and (state.learning or state.needs_region):
         state.tell_backward(output, regions)
     return output

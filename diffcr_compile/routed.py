@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, map_leaves, signature_of
+from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
 from .context import ContextGraph, ContextKey, context_key
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
@@ -37,6 +37,16 @@ ROUTER = "diffcr_router"
 """Name of the submodule that a routed block gains."""
 
 
+_NOT_HERE = (
+    "It is analysed when the model is called so eagerly, which it is not here (compiled or exported, or the block alone): call the "
+    "model so once before, or pass such inputs as example_inputs to transform."
+)
+_REFUSED = "Leave the input out, or set this block's ratios to 0, or leave the block out by filter_fn."
+
+_LOOKING = threading.RLock()
+"""A thread that meets a new kind of call while another looks at one waits, and may find it planned."""
+
+
 Recalled = tuple[Memory, bool]
 """A block's memory in this forward, and whether it is empty: then the block runs dense, and fills it."""
 
@@ -44,13 +54,14 @@ Recalled = tuple[Memory, bool]
 class Current(threading.local):
     """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
     ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
-    several regions; ``trajectory``, with reuse; ``recalled``: what each block remembers in this forward, where it runs in one graph
-    of the whole model."""
+    several regions; ``call``: the model and its arguments, where it runs eagerly; ``trajectory``, with reuse; ``recalled``: what
+    each block remembers in this forward, where it runs in one graph of the whole model."""
 
     region: int | None = None
     pinned: bool = False
     row: tuple[int, ...] | None = None
     split: Any = None
+    call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
     trajectory: Trajectory | None = None
 
     def __init__(self) -> None:
@@ -183,6 +194,7 @@ class ModelRouting(_Whole):
     lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with; of a loaded model, of the
     first it was measured with. costs: the cost model on those; measured: on the inputs last measured. report: of the calibration
     that made the table. rebuild: rewrites a block's graph for context from every token where its modules have changed.
+    analyse: plans new kinds of call, see :meth:`look_at`.
     degree: with reuse, of the polynomial through a token's last updates that is followed, at most the configured one.
     outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
     observers: called with each block's name and kept tokens (B, K). reached: by number of a backward under way, the regions of the
@@ -206,6 +218,7 @@ class ModelRouting(_Whole):
     lowered: Any = None
     example_inputs: dict[str, Any] = field(default_factory=dict)
     rebuild: Callable[..., ContextGraph] | None = None
+    analyse: Callable[..., dict[str, str]] | None = None
     outlined: Any = None
     fingerprint: str = ""
     costs: Any = None
@@ -264,6 +277,21 @@ class ModelRouting(_Whole):
             block.ratios = tuple(nearest_bin(value) for value in column)
         self.synced = masters._version
 
+    def look_at(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+        """Plan the kinds of call that this call of the model makes of its blocks for the first time; returns the reason, by name,
+        for each block where that can't be. The blocks run as they were, and what they meet meanwhile is not looked at."""
+        assert self.analyse is not None
+        call, self.current.call = self.current.call, None
+        try:
+            return self.analyse(self, model, args, kwargs)
+        finally:
+            self.current.call = call
+
+    @property
+    def num_programs(self) -> int:
+        """Over all blocks; it grows with each kind of call that is planned."""
+        return sum(len(block.programs) for block in self.blocks)
+
     def region(self) -> int:
         """The region of the forward under way; of the last one where a thread has none."""
         region = self.current.region
@@ -305,7 +333,8 @@ class ModelRouting(_Whole):
 
 @dataclass(eq=False)
 class BlockRouting(_Whole):
-    """State of one routed block: its column of the table in thousandths, and its programs by call signature."""
+    """State of one routed block: its column of the table in thousandths, and by call signature its programs and, with full
+    context, their graphs for its modules as they are."""
 
     fqn: str
     index: int
@@ -315,7 +344,7 @@ class BlockRouting(_Whole):
     model: ModelRouting
     ratios: tuple[int, ...]
     compiled: Callable[..., Any] | None = None
-    context: ContextGraph | None = None
+    contexts: dict[Signature, ContextGraph] = field(default_factory=dict)
 
     def ratio(self) -> int:
         """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
@@ -326,26 +355,50 @@ class BlockRouting(_Whole):
         return ratios[0] if _are_equal(ratios) else ratios[self.model.region()]
 
     def program(self, bound: dict[str, Any]) -> Program:
-        """The program for this kind of call."""
+        """The program for this kind of call; one that is met for the first time is analysed. Raises UnsupportedError where that
+        can't be done here, or where such a call can't be routed."""
         program = self.programs.get(signature_of(bound))
         if program is None:
-            raise UnsupportedError(self._unknown_call(bound))
+            if torch.compiler.is_compiling() or self.model.current.call is None:
+                raise UnsupportedError(self._unknown_call(bound, _NOT_HERE))
+            program = self._analysed(bound)
         return program
+
+    def contexts_at(self, key: ContextKey) -> dict[Signature, ContextGraph]:
+        """The rewritten graphs in force that are of modules in this state."""
+        return {
+            signature: context
+            for signature, context in self.contexts.items()
+            if self.programs[signature].contexts.get((key, context.given)) is context
+        }
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, list[Any]]:
         """The program for a call of this block, and the call's leaves in the order of the program's plan."""
         bound = bind_arguments(self.positional, args, kwargs)
         return self.program(bound), given_leaves(bound)
 
-    def _unknown_call(self, bound: dict[str, Any]) -> str:
+    def _analysed(self, bound: dict[str, Any]) -> Program:
+        """The program for a new kind of call, planned in the middle of the model's forward that makes it."""
+        signature, state = signature_of(bound), self.model
+        with _LOOKING:
+            if signature not in self.programs:
+                assert state.current.call is not None
+                reasons = state.look_at(*state.current.call)
+                if signature not in self.programs:
+                    refused = reasons.get(self.fqn, "the model does not call it so when it is looked at")
+                    raise UnsupportedError(
+                        self._unknown_call(bound, f"Such a call can't be routed: {refused}. {_REFUSED}")
+                    )
+        return self.programs[signature]
+
+    def _unknown_call(self, bound: dict[str, Any], why: str) -> str:
         found = dict(signature_of(bound))
         known = [dict(signature) for signature in self.programs]
-        new = sorted(str(path) for path in found if all(found[path] != plan.get(path) for plan in known))
-        gone = sorted(str(path) for path in known[0] if path not in found)
+        new = sorted(leaf_name(path) for path in found if all(found[path] != plan.get(path) for plan in known))
+        gone = sorted(leaf_name(path) for path in known[0] if path not in found)
         return (
-            f"{self.fqn} is called in a way it was not analysed for (new or of another rank: {', '.join(new) or 'none'}; "
-            f"missing: {', '.join(gone) or 'none'}). Whether such an input follows the tokens is unknown, so it is not passed "
-            "on. Call restore(model), then transform(model, example_inputs=...) with inputs of this kind."
+            f"{self.fqn} is called in a way it was not analysed for (new or of another kind: {', '.join(new) or 'none'}; "
+            f"missing: {', '.join(gone) or 'none'}). {why}"
         )
 
 
@@ -417,7 +470,7 @@ def prepare(
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
-    context = routing.context
+    context = routing.contexts.get(program.plan.signature)
     if trajectory is None or trajectory.first or context is None or context.given != program.given(bound):
         _write_context(module, routing, program, bound)  # adapters are put on and taken off between trajectories
     if trajectory is None or not remembers:
@@ -441,13 +494,10 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
     if state.config.context == "kept" or (trajectory is not None and not trajectory.first):
         return True
     for block, ratio in zip(state.blocks, row, strict=True):
-        programs = [program for program in block.programs.values() if program.plan.context != "kept"]
-        if programs and (ratio or any(block.ratios)):
+        rewritten = any(program.plan.context != "kept" for program in block.programs.values())
+        if rewritten and (ratio or any(block.ratios)):
             key = context_key(model.get_submodule(block.fqn))
-            context = block.context
-            if context is None or not any(
-                context is program.contexts.get((key, context.given)) for program in programs
-            ):
+            if not block.contexts or block.contexts != block.contexts_at(key):
                 return False
     return True
 
@@ -455,11 +505,11 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
 def _write_context(module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any]) -> None:
     if program.plan.context == "kept":
         return
-    key = (context_key(module), program.given(bound))
-    if key not in program.contexts:
+    key, given = context_key(module), program.given(bound)
+    if (key, given) not in program.contexts:
         assert routing.model.rebuild is not None
-        program.contexts[key] = routing.model.rebuild(module, routing.fqn, program.plan, bound)
-    routing.context = program.contexts[key]
+        program.contexts[key, given] = routing.model.rebuild(module, routing.fqn, program.plan, bound)
+    routing.contexts = {**routing.contexts_at(key), program.plan.signature: program.contexts[key, given]}
 
 
 def forward_at(
@@ -504,7 +554,7 @@ def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan) -> Callabl
     if plan.context == "kept":
         block: Callable[..., Any] = functools.partial(routing.base, module)
     else:
-        block = _context_of(routing).bind(module)
+        block = _context_of(routing, plan).bind(module)
     return OneByOne(block) if plan.lift == "vmap" and _has_quantised_weights(module) else block
 
 
@@ -517,13 +567,14 @@ def _has_quantised_weights(module: nn.Module) -> bool:
     return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
 
 
-def _context_of(routing: BlockRouting) -> ContextGraph:
-    if routing.context is None:
+def _context_of(routing: BlockRouting, plan: BlockPlan) -> ContextGraph:
+    context = routing.contexts.get(plan.signature)
+    if context is None:
         raise CaptureError(
             f"{routing.fqn}: its graph for context from every token is written at the first eager forward, and there was none "
             "since the model was loaded. Run it once before it is compiled or exported."
         )
-    return routing.context
+    return context
 
 
 def _run_dense(
@@ -545,7 +596,7 @@ def _run_dense(
         before = [tensor.clone() for tensor in before]
     if plan.states:
         given = [value for value, leaf in zip(values, plan.leaves, strict=True) if leaf.is_tensor]
-        tensors = list(_context_of(routing).run_dense(module, given))
+        tensors = list(_context_of(routing, plan).run_dense(module, given))
         output = program.output(tensors)
         remember_all_context(memory, tensors[len(plan.outputs) :])
     else:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import ExampleInputs, bind_inputs
+from .arguments import ExampleInputs, bind_arguments, bind_inputs
 from .config import DiffCRConfig
 from .cost import cost_model
-from .dry_run import describe_inputs
-from .errors import AlreadyTransformedError, BlockNotFoundError, NotTransformedError, UnsupportedError
+from .dry_run import describe_inputs, shadow
+from .errors import AlreadyTransformedError, BlockNotFoundError, CaptureError, NotTransformedError, UnsupportedError
 from .fingerprint import fingerprint
 from .passes.analysis import ModelAnalysis, Refused, run_passes
 from .passes.blocks import find_blocks
 from .passes.capture import capture_calls
 from .passes.flat import BLOCKS, outline_flat
+from .passes.new_calls import plan_new_calls
 from .passes.outline import outline_blocks
 from .passes.route import check_untouched, plan_model, route_blocks
 from .passes.timestep import find_timestep
@@ -104,6 +105,7 @@ def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
     try:
         check_plan(plan, model, state.config)
         route_blocks(model, plan, state)
+        state.analyse = _plan_new_calls
     except BaseException:
         _take_off(model, state)
         raise
@@ -138,7 +140,7 @@ class _Search:
         if not analysis.sites and not analysis.refusals:
             analysis = _search_graph(model, state, start, analysis)
         route_blocks(model, plan_model(analysis), state, analysis.context_graphs)
-        state.example_inputs = describe_inputs(inputs)
+        state.example_inputs, state.analyse = describe_inputs(inputs), _plan_new_calls
 
 
 def _search_graph(model: nn.Module, state: ModelRouting, start: ModelAnalysis, found: ModelAnalysis) -> ModelAnalysis:
@@ -160,12 +162,34 @@ def restore(model: nn.Module) -> nn.Module:
     state = routing_of(model)
     if not isinstance(state, ModelRouting):
         raise NotTransformedError(f"{type(model).__name__} is not transformed, so there is nothing to restore.")
+    _detach(model, state)
+    if state.outlined is not None:
+        state.outlined.undo()
+    return model
+
+
+def _detach(model: nn.Module, state: ModelRouting) -> None:
+    """Take the routing off; what was outlined stays so."""
     if state.lowered is not None:
         state.lowered.remove(model)
-    _take_off(model, state)
+    for block in state.blocks:
+        unbind(model.get_submodule(block.fqn))
     remove_region_hooks(model)
     del model.__dict__[STATE]
-    return model
+
+
+def _plan_new_calls(
+    state: ModelRouting, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, str]:
+    """Have the kinds of call planned that this call of the model makes for the first time; reasons for what can't be routed, by
+    block. The model is looked at in a shadow without routing, in the middle of its own forward."""
+    inputs = bind_arguments(state.positional, args, kwargs)
+    try:
+        plain = shadow(model)
+        _detach(plain, routing_of(plain))
+        return plan_new_calls(plain, state, inputs)
+    except CaptureError as error:
+        return dict.fromkeys((block.fqn for block in state.blocks), str(error))
 
 
 def _take_off(model: nn.Module, state: ModelRouting) -> None:

@@ -114,11 +114,10 @@ def route_blocks(
             programs={program.plan.signature: program},
             model=state,
             ratios=(0,) * state.num_regions,
-            context=context_graphs[site.family] if context_graphs and not _trains(module) else None,
         )
         bind(module, routing, routers[index])
-        if routing.context is not None:
-            program.contexts[context_key(module), routing.context.given] = routing.context
+        if context_graphs and not _trains(module) and (graph := context_graphs[site.family]) is not None:
+            program.contexts[context_key(module), graph.given] = routing.contexts[program.plan.signature] = graph
         state.blocks.append(routing)
 
 

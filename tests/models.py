@@ -296,13 +296,15 @@ class BlockCall:
 
 @contextmanager
 def watch_blocks(model: nn.Module, fqns: list[str]) -> Iterator[list[BlockCall]]:
-    """Collect every call of the modules ``fqns``, with the tensors themselves, not copies."""
+    """Collect every call of the modules ``fqns`` (not of their copies), with the tensors themselves, not copies."""
     calls: list[BlockCall] = []
+    names = {model.get_submodule(fqn): fqn for fqn in fqns}
 
-    def hook(fqn: str) -> Any:
-        return lambda module, args, kwargs, output: calls.append(BlockCall(fqn, args, kwargs, output))
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module in names:
+            calls.append(BlockCall(names[module], args, kwargs, output))
 
-    handles = [model.get_submodule(fqn).register_forward_hook(hook(fqn), with_kwargs=True) for fqn in fqns]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
     try:
         yield calls
     finally:
