@@ -562,9 +562,10 @@ def _has_quantised_weights(module: nn.Module) -> bool:
     """Whether some parameter is a tensor of a class of its own, whose kernels need not go through ``torch.vmap``: of torchao's,
     float8 products raise there, and int8 ones are wrong where they are compiled.
 
-    By its type, since Dynamo answers no to ``is_traceable_wrapper_subclass`` for every parameter.
+    By its type, since Dynamo answers no to ``is_traceable_wrapper_subclass`` for every parameter; tensors that only stand in for
+    parameters (functional calls, export) are no such class.
     """
-    return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
+    return any(hasattr(type(parameter), "__tensor_flatten__") for parameter in module.parameters())
 
 
 def _context_of(routing: BlockRouting, plan: BlockPlan) -> ContextGraph:

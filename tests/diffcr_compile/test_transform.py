@@ -179,7 +179,7 @@ def test_a_first_forward_with_a_wrapped_block_leaves_the_model_plain() -> None:
     model = diffcr_compile.transform(original(SHAPE))
     own = model.blocks[0].forward
     model.blocks[0].forward = lambda *args, **kwargs: own(*args, **kwargs)  # type: ignore[method-assign]
-    with pytest.raises(diffcr_compile.UnsupportedError, match="Call transform first"):
+    with pytest.raises(diffcr_compile.UnsupportedError, match="call transform first"):
         model(**INPUTS)
     with pytest.raises(diffcr_compile.NotTransformedError):
         diffcr_compile.set_ratios(model, 0.5)
