@@ -31,6 +31,7 @@ from compatibility.matrix import (
     run,
     table,
 )
+from diffcr_compile.routed import STATE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
@@ -124,13 +125,16 @@ def test_image_prompt_before(name: str) -> None:
     assert reference_flops(lambda: model(**given)) == cost.routed_flops[0] < cost.dense_flops
 
 
-@row(10, "IP-Adapter after transform", without=_NO_PROMPTS)
-def test_image_prompt_after(name: str, record_property: Record) -> None:
-    """Whether the new input of the blocks follows the tokens is unknown: an error, not an ungathered input."""
+@row(10, "IP-Adapter after transform", without=_NO_PROMPTS, slow=LARGE)
+def test_image_prompt_after(name: str) -> None:
+    """A new kind of call: analysed when it is first made, and then routed as if it had been there from the start."""
     model = routed(name)
     given = _with_image_prompt(name, model)
-    message = refused(record_property, run, model, given)
-    assert "Call restore(model), then transform(model, example_inputs=...) with inputs of this kind" in message
+    other = plain(name)
+    diffcr_compile.transform(other, example_inputs=_with_image_prompt(name, other))
+    diffcr_compile.set_ratios(other, 0.5)
+    assert_bits(run(model, given), run(other, given))
+    assert {len(block.programs) for block in model.__dict__[STATE].blocks} == {2}
 
 
 STREAMS = {
