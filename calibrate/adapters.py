@@ -53,9 +53,7 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
         yield
     except BaseException:
         for name, module in list(model.named_modules()):
-            if isinstance(
-                module, BaseTunerLayer
-            ):  # there may be no tuner to unload them by: it may have failed on the way
+            if isinstance(module, BaseTunerLayer):  # the tuner that would unload them may have failed on the way
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
         raise

@@ -151,9 +151,8 @@ def digest(leaves: Iterable[tuple[Any, Any]]) -> str:
     for name, leaf in leaves:
         if isinstance(leaf, Tensor):
             leaf = whole(leaf.detach())
-            parts: list[str] = getattr(leaf, "__tensor_flatten__", lambda: ([], None))()[
-                0
-            ]  # a quantised one can't be sliced
+            flatten = getattr(leaf, "__tensor_flatten__", None)  # a quantised one can't be sliced
+            parts: list[str] = flatten()[0] if flatten else []
             found.update(repr((name, tuple(leaf.shape), leaf.dtype, parts)).encode())
             for part in [getattr(leaf, each) for each in parts] or [leaf]:
                 found.update(_sample(part))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves
 from .config import Scope
+from .context import ContextGraph
 from .errors import LoweringError
 from .region import pin_region
 from .routed import (
@@ -152,12 +153,11 @@ class Lowered:
     ) -> Any:
         """One block, by the graph of its family at this ratio."""
         routing: BlockRouting = module.__dict__[STATE]
-        programs, contexts = (tuple(map(id, known.values())) for known in (routing.programs, routing.contexts))
-        shapes = _shapes((args, kwargs))
+        programs, shapes = tuple(routing.programs.values()), _shapes(args, kwargs)
         if ratio == 0 and recalled is None:
             return self._graph((programs, shapes), _plain_body)(routing.base, module, args, kwargs)
         memory = (recalled is None, recalled is not None and recalled[1])
-        key = (programs, ratio, contexts, memory, shapes)
+        key = (programs, ratio, tuple(routing.contexts.values()), memory, shapes)
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         try:
             return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
@@ -175,7 +175,7 @@ class Lowered:
         region = state.region() if state.needs_region else 0
         row = state.current.row or tuple(block.ratios[region] for block in state.blocks)
         trajectory = state.current.trajectory
-        shapes = _shapes((args, kwargs))
+        shapes = _shapes(args, kwargs)
         recalled: dict[int, Recalled] | None = {}
         if trajectory is not None:
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
@@ -216,13 +216,19 @@ class Lowered:
         return graph
 
 
-def _contexts(state: ModelRouting) -> tuple[int, ...]:
-    """Which rewritten graphs are in force."""
-    return tuple(id(context) for block in state.blocks for context in block.contexts.values())
+def _contexts(state: ModelRouting) -> tuple[ContextGraph, ...]:
+    """The rewritten graphs in force."""
+    return tuple(context for block in state.blocks for context in block.contexts.values())
 
 
-def _shapes(call: Any) -> tuple[torch.Size, ...]:
-    return tuple(leaf.shape for _, leaf in iterate_leaves(call) if isinstance(leaf, Tensor))
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Of all tensors of a call; quick, since it is asked at each call of each block."""
+    return tuple(
+        value.shape
+        if isinstance(value, Tensor)
+        else tuple(leaf.shape for _, leaf in iterate_leaves(value) if isinstance(leaf, Tensor))
+        for value in (*args, *kwargs.values())
+    )
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ A second graph, the block as it is with its keys and values for further outputs,
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from ..settings import setting
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
 from .export import export_block
+from .residual import ancestors
 from .tokens import plan_leaves, plan_state, token_axis_of
 from .verify import Trial, first_line
 
@@ -161,7 +162,7 @@ class _Writer:
         self._place_leaves([nodes[name] for name in signature.user_inputs if name is not None])
         self.following = self._find_following()
         computed, remembered = self._find_asked()
-        self.asked_full = _ancestors(computed)
+        self.asked_full = ancestors(computed)
         self._place_states(remembered)
 
     def _place_leaves(self, inputs: list[fx.Node]) -> None:
@@ -202,7 +203,7 @@ class _Writer:
         graph = fx.Graph()
         copies = {node: graph.placeholder(known.name) for node, known in self.given.items()}
         results = [*self.outputs, *self.states]
-        needed = _ancestors(results)
+        needed = ancestors(results)
         for node in self.source.nodes:
             if node in needed and node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -390,17 +391,6 @@ class _Writer:
     def _dims(self, node: Any) -> Any:
         """Shape of a tensor node; None for sizes and for several tensors."""
         return self.block.dims(node) if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) else None
-
-
-def _ancestors(nodes: Iterable[Any]) -> set[fx.Node]:
-    """These nodes and all that they are made from."""
-    stack, found = list(nodes), set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 _PLAIN: tuple[Any, ...] = (

@@ -7,8 +7,9 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +54,15 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == file.read_text(), f"{file} differs; look at the change, then run pytest --renew-golden"
 
     return check
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    distributed = importlib.import_module("torch.distributed")  # seconds, for the few tests that ask
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield importlib.import_module("torch.distributed.device_mesh").init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()

@@ -5,15 +5,12 @@ Several processes are tested in ``tests/calibrate/test_processes.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch.distributed as distributed
 from models import routed_fqns, tensors_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,16 +33,6 @@ from compatibility.matrix import (
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
 Record = Callable[[str, object], None]
-
-
-@pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[Any]:
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        distributed.destroy_process_group()
 
 
 _NO_SHARDS = {"dit": "its forward uses a part of its first block outside it, sharded then, dense too"}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as distributed
 from models import Shape, original, routed, tiny_inputs
 from torch import nn
 
@@ -44,19 +42,6 @@ def test_like_takes_device_and_dtype() -> None:
     assert found.dtype == torch.float64
     assert found.tolist() == [0.0, 1.0, 2.0]
     assert like(value, torch.zeros(1, device="meta")).device.type == "meta"
-
-
-@pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[Any]:
-    """A group of this process alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_a_sharded_tensor_is_put_together_and_taken_apart(mesh: Any) -> None:
@@ -93,7 +78,7 @@ def test_a_model_sharded_before_it_was_measured_says_what_to_do(mesh: Any) -> No
 
     shape = Shape("plain", depth=2, heads=1, head_dim=6)
     model = fully_shard(routed(shape), mesh=mesh)
-    model.__dict__["_diffcr"].costs = None
+    model.__dict__["_diffcr"].costs = model.__dict__["_diffcr"].measured = None
     with pytest.raises(CaptureError, match="Before fully_shard, call"):
         diffcr_compile.cost(model, tiny_inputs(shape))
 
