@@ -28,8 +28,10 @@ MOST_VALUES = 1 << 16
 NOISY = 0.1
 """Share of the next latents' square that a sum may leave open: noise that the sampler adds."""
 
-BETTER = 4.0
-"""How many times less the sum with an earlier step must leave open for a sampler to be taken for a multistep one."""
+BETTER = 100.0
+"""How many times less the sum with an earlier step must leave open for a sampler to be taken for a multistep one, where it is exact
+but for rounding. Latents that are clipped on their way (to the range of pictures) are foretold a little better (12 times, digits
+DiT, 50 steps) from where they came than from the answers, which says nothing of a deviation."""
 
 
 @dataclass(frozen=True)

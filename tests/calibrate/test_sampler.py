@@ -55,6 +55,16 @@ def noisy(model: Model, seed: int) -> Tensor:
     return x
 
 
+def clipped(model: Model, seed: int) -> Tensor:
+    """As diffusers' samplers of pixels do it: the foretold picture is held to its range, here at every other value."""
+    x = latents(seed)
+    for step in STEPS:
+        answer = call(model, x, step)
+        limit = answer.abs().median()
+        x = KEEP * x + MOVE * answer.clamp(-limit, limit)
+    return x
+
+
 def multistep(model: Model, seed: int) -> Tensor:
     x, before = latents(seed), None
     for step in STEPS:
@@ -111,6 +121,14 @@ def test_the_error_is_the_distance_of_real_samples(name: str) -> None:
     tolerance = 0.1 if name == "noisy" else 1e-3  # noise blurs the numbers that are found
     diffcr_compile.reset(skipping)
     assert sampler.error(skipping, batches, targets) == pytest.approx(expected, rel=tolerance)
+
+
+def test_a_sampler_that_clips_is_taken_for_one_without_memory() -> None:
+    """Smooth paths are foretold better from their past, by factors that a deviation does not follow."""
+    model, batches, targets, _ = recorded(clipped)
+    sampler = recover_sampler(model, model.__dict__[STATE], batches, targets)
+    assert sampler is not None
+    assert all(len(step.factors) == 2 for step in sampler.steps)
 
 
 def test_a_dense_model_has_no_error() -> None:
