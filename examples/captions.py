@@ -30,6 +30,7 @@ CHANNELS = 1
 PATCH_SIZE = 2  # pixels
 NUM_WORDS = 6  # text tokens
 NUM_CLASSES = digits.NUM_CLASSES
+EMPTY = ("text", 0)  # the input that guidance empties, and what is there then
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS = (("top", "upper"), ("bottom", "lower"))
 COLUMNS = (("left",), ("right",))
@@ -250,10 +251,12 @@ def _guided_velocity(
     return uncaptioned + guidance * (captioned - uncaptioned)
 
 
-def calibration_batches(num_batches: int, batch_size: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    num_batches: int, batch_size: int, seed: int = 0, *, targets: bool = False
+) -> list[dict[str, Tensor]]:
     """Keyword arguments of the denoiser's forward: training pictures, noised to uniformly random timesteps.
 
-    Each batch holds x (B, 1, 32, 32), t (B,) in 0..999 and text (B, 6).
+    Each batch holds x (B, 1, 32, 32), t (B,) in 0..999 and text (B, 6); with targets also the velocity that should be predicted.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = build_scheduler()
@@ -265,6 +268,8 @@ def calibration_batches(num_batches: int, batch_size: int, seed: int = 0) -> lis
         noisy = scheduler.add_noise(images, noise, timesteps)  # type: ignore[arg-type]
         text = tokenize(captioned(labels, quarters, generator))
         batches.append({"x": noisy, "t": timesteps, "text": text})
+        if targets:
+            batches[-1]["velocity"] = scheduler.get_velocity(images, noise, timesteps)  # type: ignore[arg-type]
     return batches
 
 

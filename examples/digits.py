@@ -27,6 +27,7 @@ CANVAS_SIZE = 32  # pixels
 GLYPH_SIZE = 16  # pixels
 NUM_CLASSES = 10
 EMPTY_LABEL = NUM_CLASSES
+EMPTY = ("class_labels", EMPTY_LABEL)  # the input that guidance empties, and what is there then
 NUM_HELD_OUT = 360  # of 1797 digits, a fifth
 NUM_FEATURES = 64
 
@@ -127,10 +128,13 @@ def _guided_velocity(model: nn.Module, images: Tensor, timestep: Tensor, labels:
     return unlabelled + guidance * (labelled - unlabelled)
 
 
-def calibration_batches(num_batches: int, batch_size: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    num_batches: int, batch_size: int, seed: int = 0, *, targets: bool = False
+) -> list[dict[str, Tensor]]:
     """Keyword arguments of the denoiser's forward: training pictures, noised to uniformly random timesteps.
 
-    Each batch holds hidden_states (B, 1, 32, 32), timestep (B,) in 0..999 and class_labels (B,) in 0..9.
+    Each batch holds hidden_states (B, 1, 32, 32), timestep (B,) in 0..999 and class_labels (B,) in 0..9; with targets also the velocity that should be
+    velocity (B, 1, 32, 32) that should be predicted.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = build_scheduler()
@@ -141,6 +145,8 @@ def calibration_batches(num_batches: int, batch_size: int, seed: int = 0) -> lis
         timesteps = torch.randint(1000, (batch_size,), generator=generator)
         noisy = scheduler.add_noise(images, noise, timesteps)  # type: ignore[arg-type]
         batches.append({"hidden_states": noisy, "timestep": timesteps, "class_labels": labels})
+        if targets:
+            batches[-1]["velocity"] = scheduler.get_velocity(images, noise, timesteps)  # type: ignore[arg-type]
     return batches
 
 

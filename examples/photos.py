@@ -32,6 +32,7 @@ HELD_OUT_WIDTH = 48  # pixels, a quarter
 PATCH_SIZE = 2  # pixels
 NUM_CLASSES = 10
 EMPTY_LABEL = NUM_CLASSES
+EMPTY = ("y", EMPTY_LABEL)  # the input that guidance empties, and what is there then
 NUM_FEATURES = 64
 
 
@@ -208,10 +209,12 @@ def _guided_velocity(model: nn.Module, images: Tensor, timestep: Tensor, labels:
     return unlabelled + guidance * (labelled - unlabelled)
 
 
-def calibration_batches(num_batches: int, batch_size: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    num_batches: int, batch_size: int, seed: int = 0, *, targets: bool = False
+) -> list[dict[str, Tensor]]:
     """Keyword arguments of the denoiser's forward: training pictures, noised to uniformly random timesteps.
 
-    Each batch holds x (B, 3, 32, 32), t (B,) in 0..999 and y (B,) in 0..9.
+    Each batch holds x (B, 3, 32, 32), t (B,) in 0..999 and y (B,) in 0..9; with targets also the velocity that should be predicted.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = build_scheduler()
@@ -222,6 +225,8 @@ def calibration_batches(num_batches: int, batch_size: int, seed: int = 0) -> lis
         timesteps = torch.randint(1000, (batch_size,), generator=generator)
         noisy = scheduler.add_noise(images, noise, timesteps)  # type: ignore[arg-type]
         batches.append({"x": noisy, "t": timesteps, "y": labels})
+        if targets:
+            batches[-1]["velocity"] = scheduler.get_velocity(images, noise, timesteps)  # type: ignore[arg-type]
     return batches
 
 

@@ -1,17 +1,19 @@
-"""Quality at equal FLOPs: what calibration learns against its rivals, on the digits DiT.
+"""Quality at equal FLOPs: what calibration learns against its rivals, on the digits DiT or another of the example models.
 
     python examples/benchmarks/quality.py                      # hours on two cores; goes on where it was interrupted
     python examples/benchmarks/quality.py --shares 0.8 --seeds 0 --training-steps 100
+    python examples/benchmarks/quality.py --model photos --methods "training-free (reuse)" "dense, fewer steps"
 
 Every method starts from the same trained weights; those that train take as many steps on the same batches. *Moved* is the mean
-squared distance of the samples from the dense model's, from equal noise; Fréchet distances are to held-out real digits, in
-features of the digits classifier, and compare within one table only. Each finished cell is kept in `quality.json`; `quality.md`
-is written from it.
+squared distance of the samples from the dense model's, from equal noise; Fréchet distances are to held-out real pictures, in
+features of the example's classifier, and compare within one table only. Each finished cell is kept in `quality.json`; `quality.md`
+is written from it; of another model, in `quality_NAME.json` and `quality_NAME.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import statistics
@@ -20,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ import digits
 
 import diffcr_compile
 from diffcr_compile import CalibrationConfig, DiffCRConfig
+
+example: Any = digits
+"""The module of examples/ whose model is measured."""
 
 HERE = Path(__file__).parent
 BATCH, NUM_BATCHES = 8, 48
@@ -56,38 +62,29 @@ class Settings:
 @dataclass(frozen=True)
 class Made:
     """A model ready to sample, how many steps it takes, the share of the dense sampling's FLOPs that it then has, and the guidance
-    that it is sampled with (1: none)."""
+    that it is sampled with (1: none), in one call or two."""
 
     model: nn.Module
     steps: int
     share: float
     guidance: float = 1.0
-
-
-def training_batches(seed: int) -> list[dict[str, Tensor]]:
-    """The denoiser's inputs with the velocity that it should predict, as ``digits.calibration_batches`` draws them."""
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = digits.build_scheduler()
-    batches = []
-    for _ in range(NUM_BATCHES):
-        images, labels = digits.pictures(BATCH, generator)
-        noise = torch.randn(images.shape, generator=generator)
-        timesteps = torch.randint(TIMESTEPS, (BATCH,), generator=generator)
-        batches.append(
-            {
-                "hidden_states": scheduler.add_noise(images, noise, timesteps),  # type: ignore[arg-type]
-                "timestep": timesteps,
-                "class_labels": labels,
-                "velocity": scheduler.get_velocity(images, noise, timesteps),  # type: ignore[arg-type]
-            }
-        )
-    return batches
+    two_calls: bool = False
 
 
 def diffusion_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean squared error of the predicted velocity."""
-    inputs = {name: value for name, value in batch.items() if name != "velocity"}
-    return F.mse_loss(model(**inputs, return_dict=False)[0], batch["velocity"])
+    return F.mse_loss(velocity(model, without_targets([batch])[0]), batch["velocity"])
+
+
+def velocity(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    output = model(**batch)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def subjects(first: int, number: int) -> Any:
+    """What so many pictures are of: labels, or captions."""
+    labels = torch.arange(first, first + number) % example.NUM_CLASSES
+    return example.captioned(labels, labels % 4) if hasattr(example, "captioned") else labels
 
 
 def without_targets(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -96,7 +93,7 @@ def without_targets(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]
 
 def routed(batches: list[dict[str, Tensor]], **options: Any) -> nn.Module:
     return diffcr_compile.transform(
-        digits.load_model(), DiffCRConfig(**options), example_inputs=without_targets(batches[:1])[0]
+        example.load_model(), DiffCRConfig(**options), example_inputs=without_targets(batches[:1])[0]
     )
 
 
@@ -152,10 +149,10 @@ def mixture_of_depths(batches: list[dict[str, Tensor]], budget: float, steps: in
 
 
 def layer_drop(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """Whole blocks left out in all timesteps, those first that change the stream least; weights trained without them."""
+    """Whole blocks left out in all timesteps, those first without which the output changes least; weights trained without them."""
     model = routed(batches)
     table = torch.zeros_like(diffcr_compile.ratios(model))
-    for block in update_sizes(model, without_targets(batches[:4])).argsort().tolist():
+    for block in harms(model, without_targets(batches[:4])).argsort().tolist():
         if diffcr_compile.cost(model).share <= budget:
             break
         table[:, block] = 1.0
@@ -164,18 +161,20 @@ def layer_drop(batches: list[dict[str, Tensor]], budget: float, steps: int, seed
 
 
 @torch.no_grad()
-def update_sizes(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Root mean square of each block's update (num_blocks,)."""
-    sizes: list[list[float]] = [[] for _ in model.transformer_blocks]  # type: ignore[union-attr]
-    handles = [
-        block.register_forward_hook(lambda _, args, out, seen=seen: seen.append(float((out - args[0]).square().mean())))
-        for block, seen in zip(model.transformer_blocks, sizes, strict=True)  # type: ignore[arg-type]
-    ]
-    for batch in batches:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return torch.tensor([statistics.mean(seen) for seen in sizes]).sqrt()
+def harms(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Mean squared change of the output without each of the blocks (num_blocks,)."""
+    nothing = torch.zeros_like(diffcr_compile.ratios(model))
+    dense = [velocity(model, batch) for batch in batches]
+    found = []
+    for block in range(nothing.shape[1]):
+        table = nothing.clone()
+        table[:, block] = 1.0
+        diffcr_compile.set_ratios(model, table)
+        found.append(
+            sum(digits.distance(velocity(model, batch), known) for batch, known in zip(batches, dense, strict=True))
+        )
+    diffcr_compile.set_ratios(model, nothing)
+    return torch.tensor(found)
 
 
 def layer_wise(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
@@ -222,8 +221,9 @@ def guided(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The first half of every batch, and the same once more without its labels: what guidance in one call is fed."""
     half = BATCH // 2
     paired = [{name: torch.cat([value[:half]] * 2) for name, value in batch.items()} for batch in batches]
+    name, empty = example.EMPTY
     for batch in paired:
-        batch["class_labels"][half:] = digits.EMPTY_LABEL
+        batch[name][half:] = empty
     return paired
 
 
@@ -239,21 +239,35 @@ def with_shared_guidance(batches: list[dict[str, Tensor]], budget: float, steps:
     return with_guidance(batches, budget, steps, seed, guidance="shared")
 
 
-def samplings(model: nn.Module, number: int, seed: int) -> list[dict[str, Any]]:
+def sampled(made: Made, wanted: Any, generator: torch.Generator) -> Tensor:
+    """Pictures of what is wanted."""
+    how = {"two_calls": True} if made.two_calls else {}
+    return example.sample(
+        made.model.eval(), wanted, steps=made.steps, guidance=made.guidance, generator=generator, **how
+    )
+
+
+def samplings(made: Made, number: int, seed: int) -> list[dict[str, Any]]:
     """What the denoiser is fed in so many dense samplings, step by step."""
-    with diffcr_compile.record(model) as recorded:
+    with diffcr_compile.record(made.model) as recorded:
         for place in range(number):
             generator = torch.Generator().manual_seed(seed + 1 + 1000 * place)
-            labels = torch.arange(place * RECORDED, (place + 1) * RECORDED) % digits.NUM_CLASSES
-            digits.sample(model, labels, steps=SAMPLER_STEPS, generator=generator)
+            sampled(made, subjects(place * RECORDED, RECORDED), generator)
     return list(recorded)
 
 
-def training_free(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def training_free(
+    batches: list[dict[str, Tensor]],
+    budget: float,
+    steps: int,
+    seed: int,
+    guidance: float = 1.0,
+    two_calls: bool = False,
+) -> Made:
     """Tokens in turn, updates reused and extrapolated, full context; the table from one dense sampling."""
-    model = routed(batches, skip="reuse")
-    diffcr_compile.calibrate(model, samplings(model, 1, seed), budget=budget)
-    return Made(model, SAMPLER_STEPS, sampler_share(model))
+    made = Made(routed(batches, skip="reuse"), SAMPLER_STEPS, 1.0, guidance, two_calls)
+    diffcr_compile.calibrate(made.model, samplings(made, 1, seed), budget=budget)
+    return replace(made, share=sampler_share(made.model))
 
 
 def learned_on_reuse(
@@ -262,7 +276,9 @@ def learned_on_reuse(
     """Learning on top of reuse, from a few dense samplings, at the rate of the default."""
     model = routed(batches, skip="reuse", **{"num_regions": 10, **options})
     config = CalibrationConfig(steps=steps, seed=seed, trainable=trainable)  # type: ignore[arg-type]
-    diffcr_compile.calibrate(model, samplings(model, LEARNED, seed), budget=budget, config=config)
+    diffcr_compile.calibrate(
+        model, samplings(Made(model, SAMPLER_STEPS, 1.0), LEARNED, seed), budget=budget, config=config
+    )
     return Made(model, SAMPLER_STEPS, sampler_share(model))
 
 
@@ -276,10 +292,10 @@ def routers_on_reuse(batches: list[dict[str, Tensor]], budget: float, steps: int
     return learned_on_reuse(batches, budget, steps, seed, trainable="routers", selection="score and turn")
 
 
-def fewer_steps(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def fewer_steps(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int, guidance: float = 1.0) -> Made:
     """The dense model in fewer sampling steps."""
     fewer = round(budget * SAMPLER_STEPS)
-    return Made(digits.load_model(), fewer, fewer / SAMPLER_STEPS)
+    return Made(example.load_model(), fewer, fewer / SAMPLER_STEPS, guidance)
 
 
 METHODS: dict[str, Callable[..., Made]] = {
@@ -300,7 +316,11 @@ METHODS: dict[str, Callable[..., Made]] = {
     "reuse, learned table, score and turn": routers_on_reuse,
     "ours, guided": with_guidance,
     "ours, guided, shared": with_shared_guidance,
+    "training-free (reuse), guided": partial(training_free, guidance=GUIDANCE),
+    "training-free (reuse), guided in two calls": partial(training_free, guidance=GUIDANCE, two_calls=True),
+    "dense, fewer steps, guided": partial(fewer_steps, guidance=GUIDANCE),
 }
+"""How each row is made. Guidance in two calls takes a sampler that can: that of the captions."""
 
 
 class Bench:
@@ -309,8 +329,8 @@ class Bench:
     def __init__(self, settings: Settings, file: Path) -> None:
         self.settings, self.file = settings, file
         self.cells: dict[str, dict[str, Any]] = json.loads(file.read_text())["cells"] if file.exists() else {}
-        self.classifier = digits.load_classifier()
-        real, _ = digits.pictures(5 * settings.samples, torch.Generator().manual_seed(11), train=False)
+        self.classifier = example.load_classifier()
+        real = example.pictures(5 * settings.samples, torch.Generator().manual_seed(11), train=False)[0]
         self.real = self.classifier.features(real).detach()
         self.references: dict[tuple[int, float], Tensor] = {}
 
@@ -321,13 +341,14 @@ class Bench:
             return
         start = time.perf_counter()
         try:
-            made = make(training_batches(seed), budget, self.settings.training_steps, seed)
+            batches = example.calibration_batches(NUM_BATCHES, BATCH, seed, targets=True)
+            made = make(batches, budget, self.settings.training_steps, seed)
         except diffcr_compile.UnsupportedError as error:  # adapters want peft
             print(f"{method}: {error}", file=sys.stderr)
             return
         seconds = time.perf_counter() - start
-        labels = torch.arange(self.settings.samples) % digits.NUM_CLASSES
-        images = self._sample(made.model, made.steps, seed, made.guidance)
+        labels = torch.arange(self.settings.samples) % example.NUM_CLASSES
+        images = self._sample(made, seed)
         self.cells[key] = {
             "method": method,
             "budget": budget,
@@ -335,20 +356,20 @@ class Bench:
             "share": made.share,
             "moved": digits.distance(images, self._reference(seed, made.guidance)),
             "frechet": digits.frechet_distance(self.real, self.classifier.features(images).detach()),
-            "accuracy": digits.class_accuracy(images, labels, self.classifier),
+            "accuracy": example.class_accuracy(images, labels, self.classifier),
             "seconds": seconds,
         }
         record = {"torch": torch.__version__, "command": f"python {shlex.join(sys.argv)}", "cells": self.cells}
         self.file.write_text(json.dumps(record, indent=1) + "\n")
 
-    def _sample(self, model: nn.Module, steps: int, seed: int, guidance: float) -> Tensor:
-        generator = torch.Generator().manual_seed(1000 + seed)
-        labels = torch.arange(self.settings.samples) % digits.NUM_CLASSES
-        return digits.sample(model.eval(), labels, steps=steps, guidance=guidance, generator=generator)
+    def _sample(self, made: Made, seed: int) -> Tensor:
+        return sampled(made, subjects(0, self.settings.samples), torch.Generator().manual_seed(1000 + seed))
 
     def _reference(self, seed: int, guidance: float) -> Tensor:
         if (seed, guidance) not in self.references:
-            self.references[seed, guidance] = self._sample(digits.load_model(), SAMPLER_STEPS, seed, guidance)
+            self.references[seed, guidance] = self._sample(
+                Made(example.load_model(), SAMPLER_STEPS, 1.0, guidance), seed
+            )
         return self.references[seed, guidance]
 
 
@@ -357,11 +378,11 @@ def as_markdown(cells: list[dict[str, Any]], settings: Settings, command: str) -
     lines = [
         "# Quality at equal FLOPs",
         "",
-        f"`{command}`, torch {torch.__version__}, CPU, float32, digits DiT (8 blocks, 256 tokens), "
+        f"`{command}`, torch {torch.__version__}, CPU, float32, {example.__name__} DiT (256 tokens), "
         f"{settings.training_steps} training steps of batch {BATCH} where anything is trained, {settings.samples} samples, "
         f"{SAMPLER_STEPS} DDIM steps, no guidance (rows named guided: {GUIDANCE:g}, moved from dense samples with it). "
         "Share: FLOPs of the sampling over the dense one's. Moved: mean squared distance "
-        "from the dense samples, equal noise. Fréchet: to held-out real digits, comparable within this page. Accuracy: the asked "
+        "from the dense samples, equal noise. Fréchet: to held-out real pictures, comparable within this page. Accuracy: the asked "
         "class, by a classifier. Seconds: to make the model, search for blocks and dense outputs included; they compare only where "
         "the machine was idle. Means over the seeds given; ± half their range.",
     ]
@@ -399,12 +420,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "dense, trained on"], default=None)
+    parser.add_argument(
+        "--model", choices=["digits", "photos", "captions"], default="digits", help="module of examples/"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder of quality.json and quality.md")
     options = parser.parse_args()
+    global example
+    example = importlib.import_module(options.model)
+    name = "quality" if options.model == "digits" else f"quality_{options.model}"
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="the routers are untrained")
     settings = Settings(options.training_steps, options.samples)
-    bench = Bench(settings, options.out / "quality.json")
+    bench = Bench(settings, options.out / f"{name}.json")
     chosen = options.methods or ["dense, trained on", *METHODS]
     cells = [(method, share, seed) for seed in options.seeds for share in options.shares for method in chosen]
     for method, share, seed in tqdm(cells, desc="cells"):
@@ -412,10 +439,10 @@ def main() -> None:
             bench.run(method, control, 1.0, seed)
         else:
             bench.run(method, METHODS[method], share, seed)
-        (options.out / "quality.md").write_text(
+        (options.out / f"{name}.md").write_text(
             as_markdown(list(bench.cells.values()), settings, f"python {shlex.join(sys.argv)}")
         )
-    print((options.out / "quality.md").read_text())
+    print((options.out / f"{name}.md").read_text())
 
 
 if __name__ == "__main__":
