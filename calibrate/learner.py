@@ -38,7 +38,7 @@ from .report import CalibrationReport, Histograms
 from .sampler import Sampler, recover_sampler
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
-from .trials import propose_tables, try_table, visited_regions
+from .trials import propose_tables, swap_steps, try_table, visited_regions
 from .warm_start import fit_routers
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -48,6 +48,8 @@ EXAMINED_BATCHES = 4
 
 FOLLOWED = ("", ", extrapolated", ", extrapolated by parabolas")
 """How a table that is tried is named by the degree of the polynomial followed."""
+
+SWAPPED = ", steps swapped"
 
 DIVERGED = 10.0
 """Squared distance from the dense outputs, as a share of their square, that learning can't come back from."""
@@ -126,7 +128,8 @@ class Learner:
             self._try_tables(suffering)
 
     def _try_tables(self, suffering: Tensor) -> None:
-        """With reuse: the proposed table whose outputs are nearest to the dense ones on the batches, and how far to extrapolate.
+        """With reuse: the proposed table whose outputs are nearest to the dense ones on the batches, and how far to extrapolate;
+        where tables are tried on samplings of their own, with its steps swapped about.
 
         One extrapolation serves all budgets: the first one's."""
         visited = visited_regions(self.model, self.state, self._all("steps"))
@@ -139,11 +142,30 @@ class Learner:
                 (name, degree): self._try(name, rows, degree) for name, rows in proposed.items() for degree in degrees
             }
             name, degree = min(errors, key=lambda key: errors[key])
-            self.tables[budget] = proposed[name]
+            least = errors[name, degree]
+            self.tables[budget], found = self._swap_steps(proposed[name], degree, visited, least, budget)
             if not self.trials:
                 self.trials = {tried + FOLLOWED[int(by)]: error for (tried, by), error in errors.items()}
+                if found < least:
+                    self.trials[name + FOLLOWED[int(degree)] + SWAPPED] = found
                 degrees = [degree]
         self.state.degree = degrees[0]
+
+    def _swap_steps(
+        self, rows: Rows, degree: float, visited: list[int], least: float, budget: float
+    ) -> tuple[Rows, float]:
+        if self.sampler is None:
+            return rows, least
+        with tqdm(total=self.config.steps, desc="swapping steps", leave=False, disable=rank() > 0) as bar:
+
+            def error(rows: Rows) -> float:
+                bar.update()
+                return self._try("steps swapped", rows, degree)
+
+            def fits(rows: Rows) -> bool:
+                return self.task.costs.share(rows) <= budget
+
+            return swap_steps(rows, visited, error, least, fits, self.config.steps, self.config.seed)
 
     def _try(self, name: str, rows: Rows, degree: float) -> float:
         batches = self._all(f"trying: {name}")

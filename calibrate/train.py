@@ -61,6 +61,8 @@ def calibrate(
     have cost each block in each region is measured, and the table that costs least within the budget is taken. With reuse that
     table is tried on the same batches beside others (one ratio for all; whole steps dense or skipped), each with and without
     extrapolation, and the one whose outputs stay nearest to the dense ones is taken; its first step is dense, as it will be.
+    Where the sampler can be told from the batches, that table's steps are then swapped about, ``config.steps`` times, for nearer
+    samples.
 
     Any other preset learns on top of reuse too, from batches in that same order: before each is learned from, up to four before it
     in its trajectory are sampled again at the present table, the first of them densely, and a skipped token takes what they
@@ -133,7 +135,7 @@ def _check_task(budgets: tuple[float, ...], config: CalibrationConfig, loss: Los
             )
     if len(budgets) > 1 and config.settle == 1:
         raise ValueError("with settle=1 the present table stays, which has one cost: give one budget, or lower settle")
-    if config.steps and len(budgets) > max(config.num_learning, 1):
+    if config.preset != "training-free" and len(budgets) > max(config.num_learning, 1):
         raise ValueError(
             f"{len(budgets)} budgets need as many steps of learning, found {config.num_learning} (steps={config.steps}, "
             f"settle={config.settle}). Expected more steps, a lower settle, or fewer budgets"

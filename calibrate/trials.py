@@ -3,11 +3,14 @@
 What every block would suffer by itself (``sensitivity.py``) leaves out that errors of successive blocks cancel where they are of
 one step, and add up where tokens are fresh in one block and stale in the next. So whole tables are run on what was recorded: where
 the sampler can be told from it (``sampler.py``) each on a sampling of its own, and how far its samples end from the dense ones
-decides; else on the recorded inputs, and what the outputs differ by decides.
+decides; else on the recorded inputs, and what the outputs differ by decides. Which steps can be spared depends on the picture's way
+from noise, and no proposal knows it: rows of the best table are swapped between neighbouring steps as long as that brings samples
+nearer.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,6 +35,9 @@ as by the distance of their samples (digits DiT, 36 tables: rank correlation 0.8
 
 NUM_DENSE = 2
 """Steps at the beginning of a trajectory that whole-step tables leave dense: a straight line needs two updates."""
+
+FARTHEST = 2
+"""Steps between two that swap their rows."""
 
 MOST_GROUPS = 10
 """Rows that a table chosen block by block may have: each is a graph to compile."""
@@ -155,6 +161,56 @@ def _by_blocks(
     shares = torch.stack([weights[group].sum() for group in groups])
     chosen = choose_table(means, costs, budget, tolerance, shares)
     return [row for group, row in zip(groups, chosen, strict=True) for _ in group]
+
+
+def swap_steps(
+    rows: Rows,
+    visited: Sequence[int],
+    error: Callable[[Rows], float],
+    least: float,
+    fits: Callable[[Rows], bool],
+    trials: int,
+    seed: int,
+) -> tuple[Rows, float]:
+    """A table of lower ``error``, and that, by swapping the rows of steps that lie near each other, in random order.
+
+    least: the error of ``rows``. visited: the regions of the steps, of which the first keeps its row. fits: whether a table is
+    within the budget (steps that stand for several regions weigh more). trials: how often ``error`` may be called; it ends before
+    where no swap helps. Digits DiT, 20 steps, 60 trials on four pictures: the distance of eight others fell from 0.0005 to 0.00015
+    at half the FLOPs, and from 0.00020 to 0.00005 at 0.65. Single blocks' ratios are left where they are: moving those too was
+    better on the four pictures and no better, or worse, on others.
+    """
+    nearest = _neighbours(visited, len(rows)).tolist()
+    generator = random.Random(seed)
+    seen = {_key(rows)}
+
+    def swapped(first: int, second: int) -> Rows:
+        moved = {first: second, second: first}
+        return [list(rows[visited[moved.get(place, place)]]) for place in nearest]
+
+    def neighbours() -> list[Rows]:
+        steps = range(1, len(visited))
+        pairs = [(i, j) for i in steps for j in steps if 0 < j - i <= FARTHEST]
+        generator.shuffle(pairs)
+        return [swapped(*pair) for pair in pairs]
+
+    left = trials
+    candidates = neighbours()
+    while candidates and left:
+        candidate = candidates.pop()
+        if _key(candidate) in seen or not fits(candidate):
+            continue
+        seen.add(_key(candidate))
+        left -= 1
+        found = error(candidate)
+        if found < least:
+            rows, least = candidate, found
+            candidates = neighbours()
+    return rows, least
+
+
+def _key(rows: Rows) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, rows))
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "estimator": "two-bin",
     },
     "training-free": {
-        "steps": 0,
+        "steps": 60,
         "warm_start": True,
         "ramp": 0.6,
         "settle": 0.0,
@@ -216,7 +216,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 LARGEST_SEED = 2**32 - 1
 """Of a calibration: generators are seeded by multiples of it."""
 
-_MEASURES = {"preset", "budget_kind", "warm_start", "tolerance", "seed"}
+_MEASURES = {"preset", "budget_kind", "warm_start", "tolerance", "seed", "steps"}
 """Options that mean something where nothing is learned."""
 
 
@@ -239,7 +239,8 @@ class CalibrationConfig(_Options):
     budget_kind: what the budget is a share of: dense ``"flops"``; ``"tokens"`` (the paper): the mean over blocks of the tokens
         kept; ``"latency"``: the dense model's time on the device at hand, measured block by block before learning, compiled
         where the model is lowered.
-    steps: optimiser steps, >= 1 (default 300).
+    steps: optimiser steps, >= 1 (default 300). Training-free: how often at most steps are swapped in search of a better table, each
+        time at the price of one sampling, >= 0 (default 60; with reuse, and where the sampler can be told from the batches).
     accumulation: batches whose gradients make one step, >= 1.
     checkpoint_every: steps between two checkpoints, >= 1, where ``calibrate`` is given a place for them.
     learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
@@ -253,7 +254,7 @@ class CalibrationConfig(_Options):
     max_grad_norm: gradients of weights and routers are clipped to this norm; infinite: not at all.
     warm_start: fit each router by ridge regression on what its block does to each token before learning.
     tolerance: the table's FLOPs end within this share of the budget, and never above it.
-    seed: of the order of the batches and of the adapters' start, in [0, 2**32).
+    seed: of the order of the batches, of the adapters' start and of what is swapped, in [0, 2**32).
     """
 
     preset: Preset = "default"
@@ -303,7 +304,7 @@ class CalibrationConfig(_Options):
             raise ValueError(f"warm_start must be True or False, found {self.warm_start!r}")
         if self.ramp + self.settle > 1:
             raise ValueError(f"ramp + settle must be at most 1, found {self.ramp} + {self.settle}")
-        if self.steps and self.settle < 1 and not self.num_learning:
+        if self.preset != "training-free" and self.settle < 1 and not self.num_learning:
             raise ValueError(
                 f"settle={self.settle} leaves none of the {self.steps} steps to learn ratios in. Expected more steps or a lower "
                 "settle; or settle=1, and the table stays as set_ratios left it"

@@ -133,8 +133,8 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Keyword arguments of the denoiser's forward: training pictures, noised to uniformly random timesteps.
 
-    Each batch holds hidden_states (B, 1, 32, 32), timestep (B,) in 0..999 and class_labels (B,) in 0..9; with targets also the velocity that should be
-    velocity (B, 1, 32, 32) that should be predicted.
+    Each batch holds hidden_states (B, 1, 32, 32), timestep (B,) in 0..999 and class_labels (B,) in 0..9; with targets also
+    the velocity that should be predicted.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = build_scheduler()

@@ -1,6 +1,6 @@
 """Inside the block: what skipped tokens give and get, without any training, against the rivals, on the digits DiT.
 
-    python examples/benchmarks/inside.py          # about a quarter of an hour on two idle cores
+    python examples/benchmarks/inside.py          # about twenty minutes on two idle cores
     python examples/benchmarks/inside.py --quick  # to see that it runs
     python examples/benchmarks/inside.py --model photos --steps 50 20 8 --samples 8   # another model; needs scikit-image
 
@@ -23,7 +23,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ STEPS = (50, 20, 8, 4)
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of the table. steps: asked for; share: FLOPs, and seconds, over those of the dense sampling."""
+    """One cell of the table. steps: asked for; share: FLOPs, and seconds, over those of the dense sampling; median: of the single
+    pictures' squared distances, of which ``moved`` is the mean."""
 
     method: str
     steps: int
@@ -79,6 +80,7 @@ class Row:
     share: float
     seconds: float
     moved: float
+    median: float
 
 
 class BlockCache:
@@ -155,8 +157,10 @@ class Bench:
         """Sample and write a row down."""
         images, seconds = self._sample(model, own_steps or steps)
         _, dense_seconds = self._sample(self.plain, steps)
-        moved = digits.distance(images, self.dense[steps])
-        self.rows.append(Row(method, steps, budget, share, seconds / dense_seconds, moved))
+        moved = (images - self.dense[steps]).square().flatten(1).mean(dim=1)
+        self.rows.append(
+            Row(method, steps, budget, share, seconds / dense_seconds, float(moved.mean()), float(moved.median()))
+        )
 
     def run_ours(self, method: str, options: dict[str, Any]) -> None:
         model = diffcr_compile.transform(self.example.load_model(), DiffCRConfig(**options), example_inputs=self.inputs)
@@ -208,9 +212,7 @@ class Bench:
                     cached = digits.load_model()
                     rival = BlockCache(cached, interval, order)
                     self.note(f"whole blocks, one step in {interval}, order {order}", cached, steps, 0, 0)
-                    row = self.rows.pop()
-                    share = rival.full_steps / steps
-                    self.rows.append(Row(row.method, steps, share, share, row.seconds, row.moved))
+                    self._count_last(rival.full_steps / steps)
             for name, apply in _diffusers_caches():
                 cached = digits.load_model()
                 try:
@@ -219,9 +221,11 @@ class Bench:
                 except Exception as error:  # a library that can't serve this model says so in many ways
                     print(f"{name} at {steps} steps: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
                     continue
-                row = self.rows.pop()
-                share = full() / steps
-                self.rows.append(Row(row.method, steps, share, share, row.seconds, row.moved))
+                self._count_last(full() / steps)
+
+    def _count_last(self, share: float) -> None:
+        """The last row's share, which its sampling showed."""
+        self.rows[-1] = replace(self.rows[-1], budget=share, share=share)
 
 
 def _regions(steps: int, num_regions: int) -> list[int]:
@@ -278,15 +282,23 @@ def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
         "",
         f"`python {shlex.join(sys.argv)}`, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
         f"{settings.model} DiT, {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. "
-        "Moved: mean squared distance from the dense samples of as many steps, from equal noise. Share: FLOPs over the dense "
+        "Moved: mean squared distance from the dense samples of as many steps, from equal noise; median: of the pictures, since "
+        "one that changes its mind outweighs all others in the mean. Share: FLOPs over the dense "
         "sampling's, first dense step included. Time: eager, over a dense sampling taken right after it.",
     ]
     for steps in settings.steps:
-        lines += ["", f"## {steps} steps", "", "| method | budget | share | time | moved |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {steps} steps",
+            "",
+            "| method | budget | share | time | moved | median |",
+            "|---|---|---|---|---|---|",
+        ]
         for row in sorted((row for row in rows if row.steps == steps), key=lambda row: (-row.budget, row.moved)):
             bold = "**" if row.method == OURS else ""
             lines.append(
-                f"| {bold}{row.method}{bold} | {row.budget:.2f} | {row.share:.2f} | {row.seconds:.2f} | {row.moved:.2g} |"
+                f"| {bold}{row.method}{bold} | {row.budget:.2f} | {row.share:.2f} | {row.seconds:.2f} | {row.moved:.2g} | "
+                f"{row.median:.2g} |"
             )
     return "\n".join(lines) + "\n"
 

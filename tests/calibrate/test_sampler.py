@@ -203,3 +203,22 @@ def test_calibrate_tries_tables_on_samplings_of_their_own() -> None:
     sampler = recover_sampler(model, model.__dict__[STATE], batches, targets)
     assert sampler is not None
     assert sampler.error(model, batches, targets) == pytest.approx(min(report.trials.values()), rel=1e-3)
+
+
+def test_swapping_steps_brings_samples_nearer_within_the_budget() -> None:
+    errors = {}
+    for steps in (0, 30):
+        model, batches, _, _ = recorded(linear)
+        config = diffcr_compile.CalibrationConfig(preset="training-free", steps=steps)
+        report = diffcr_compile.calibrate(model, batches, budget=0.5, config=config)
+        assert report.share <= 0.5
+        errors[steps] = min(report.trials.values())
+        assert any("swapped" in name for name in report.trials) == (errors[steps] < errors[0])
+    assert errors[30] < 0.9 * errors[0]
+
+
+def test_without_a_sampler_no_step_is_swapped() -> None:
+    model, batches, _, _ = recorded(drawn_anew)
+    report = diffcr_compile.calibrate(model, batches, budget=0.6)
+    assert report.trials
+    assert not any("swapped" in name for name in report.trials)

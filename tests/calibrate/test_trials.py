@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffcr_compile.calibration.objective import dense_outputs
 from diffcr_compile.calibration.snap import Rows
-from diffcr_compile.calibration.trials import propose_tables, try_table, visited_regions
+from diffcr_compile.calibration.trials import propose_tables, swap_steps, try_table, visited_regions
 from hand import hand_costs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,6 +139,55 @@ def test_the_best_of_what_was_tried_is_taken() -> None:
     assert report.share <= 0.6
     assert f"tried: {best}: error" in str(report)
     assert type(report).from_dict(report.to_dict()).trials == report.trials
+
+
+VISITED = [9, 7, 5, 3, 1]
+
+
+def stepwise(skipped: str) -> Rows:
+    """A table of ten regions and two blocks; steps in order of their visit, x where one is skipped whole."""
+    row = {"x": [1000, 1000], ".": [0, 0]}
+    return [list(row[skipped[4 - region // 2]]) for region in range(10)]
+
+
+def misplaced(rows: Rows) -> float:
+    """How far the skipped steps are from the last ones."""
+    return float(sum((4 - place) ** 2 for place, region in enumerate(VISITED) if rows[region] == [1000, 1000]))
+
+
+def swapped_steps(trials: int, **options: object) -> tuple[Rows, float, list[Rows]]:
+    seen: list[Rows] = []
+
+    def error(rows: Rows) -> float:
+        seen.append(rows)
+        return misplaced(rows)
+
+    start = stepwise(".xx..")
+    given = {"fits": lambda rows: True, "seed": 0, **options}
+    rows, least = swap_steps(start, VISITED, error, misplaced(start), trials=trials, **given)  # type: ignore[arg-type]
+    return rows, least, seen
+
+
+def test_rows_are_swapped_for_the_better_until_none_helps() -> None:
+    rows, least, seen = swapped_steps(1000)
+    assert rows == stepwise("...xx")
+    assert least == misplaced(rows)
+    assert len(seen) < 20
+    assert len({str(each) for each in seen}) == len(seen)
+    assert all(each[9] == [0, 0] and sum(map(sum, each)) == sum(map(sum, rows)) for each in seen)
+
+
+def test_no_more_tables_are_tried_than_asked_for_and_the_seed_decides_which() -> None:
+    assert swapped_steps(0) == (stepwise(".xx.."), misplaced(stepwise(".xx..")), [])
+    assert len(swapped_steps(3)[2]) == 3
+    assert swapped_steps(3, seed=1) == swapped_steps(3, seed=1)
+    assert any(swapped_steps(3, seed=seed)[2] != swapped_steps(3)[2] for seed in range(1, 5))
+
+
+def test_a_table_above_the_budget_is_not_tried() -> None:
+    rows, _, seen = swapped_steps(1000, fits=lambda rows: rows[1] == [0, 0])
+    assert rows == stepwise("..xx.")
+    assert all(each[1] == [0, 0] for each in seen)
 
 
 def test_a_failed_calibration_leaves_the_extrapolation_as_it_was() -> None:
