@@ -22,9 +22,10 @@ from ..cost import CostModel
 from ..errors import ArtefactError, BudgetError, CalibrationError
 from ..latency import latency_to_dict
 from ..learning import learnables, learning
+from ..lower import Lowered
 from ..ratios import SCALE
 from ..routed import ModelRouting, router_weight
-from ..sharding import like, whole
+from ..sharding import is_sharded, like, whole
 from ..table import read_table, write_table
 from .appraise import UNIFORM, TokenMap, map_tokens, spread_over_timesteps
 from .batches import Batch, by_region, drawn, model_inputs, to_device
@@ -76,9 +77,10 @@ class Learner:
         batches: Sequence[Batch],
         task: Task,
         checkpoint: Checkpoint | None,
+        lowered: Lowered | None,
     ) -> None:
         self.model, self.state, self.task, self.config = model, state, task, task.config
-        self.batches, self.checkpoint = batches, checkpoint
+        self.batches, self.checkpoint, self.lowered = batches, checkpoint, lowered
         self.targets: list[list[Tensor]] = []
         self.before: list[list[int]] = []
         self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
@@ -106,7 +108,8 @@ class Learner:
             self._build_optimizer()
             if not self._resume():
                 self._prepare()
-            self._train()
+            with self._compiled():
+                self._train()
         report = self._report(start)
         self.state.trained, self.state.report = True, report.to_dict()
         return report
@@ -238,6 +241,12 @@ class Learner:
                 bar.set_postfix(loss=self.history[-1]["loss"], share=self.history[-1]["share"], refresh=False)
         if self.checkpoint is not None:
             self._write_checkpoint()
+
+    def _compiled(self) -> contextlib.AbstractContextManager[None]:
+        """Where the model was lowered, by its blocks; not where those are sharded."""
+        if self.lowered is None or is_sharded(self.model):
+            return contextlib.nullcontext()
+        return self.lowered.by_block(self.model)
 
     def _learn(self) -> None:
         """One step in which ratios learn too, on the way down to the next budget."""

@@ -17,7 +17,7 @@ from ..cost import CostModel, measure_costs
 from ..errors import UnsupportedError
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
-from ..lower import unlowered
+from ..lower import Lowered, unlowered
 from ..routed import ROUTER, ModelRouting, router_weight, settle
 from ..sharding import local
 from ..table import write_table
@@ -70,8 +70,8 @@ def calibrate(
 
     The stages of learning are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
     bins under the exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and
-    requires_grad are put back. A lowered model learns eagerly and stays lowered. ``torch.no_grad`` and ``torch.inference_mode``
-    around a call do nothing to it.
+    requires_grad are put back. A lowered model learns by compiled graphs of its blocks, one for each bin that is met, and stays
+    lowered. ``torch.no_grad`` and ``torch.inference_mode`` around a call do nothing to it.
 
     In several processes (``torch.distributed``, ``accelerate launch``) each learns on the batches it is given; gradients are
     averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2.
@@ -98,8 +98,8 @@ def calibrate(
     for share in budgets:
         check_reachable(task.costs, share)
     learned = _weights_that_learn(model, config)
-    with _as_before(model, state, learned), _trainable(model, state, config):
-        return Learner(model, state, read, task, kept).execute()
+    with _as_before(model, state, learned) as lowered, _trainable(model, state, config):
+        return Learner(model, state, read, task, kept, lowered).execute()
 
 
 def _check_types(loss: object, config: object) -> None:
@@ -213,9 +213,9 @@ def _weights_that_learn(model: nn.Module, config: CalibrationConfig) -> list[Ten
 
 
 @contextlib.contextmanager
-def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> Iterator[None]:
-    """Put back training flags, requires_grad, gradients and lowering; after an error also table, routers and ``weights``, of which
-    the CPU holds a copy meanwhile."""
+def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> Iterator[Lowered | None]:
+    """Take off what ``lower`` put in place, and give it. Afterwards put it, training flags, requires_grad and gradients back; after
+    an error also table, routers and ``weights``, of which the CPU holds a copy meanwhile."""
     training = {module: module.training for module in model.modules()}
     needed = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     learned = [*weights, *(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)]
@@ -226,8 +226,8 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
             parameter.grad = None
         learnables(model, state).ratios.grad = None
         state.learning = None
-        with unlowered(model, state), torch.enable_grad():
-            yield
+        with unlowered(model, state) as lowered, torch.enable_grad():
+            yield lowered
     except BaseException:
         with torch.no_grad():
             for tensor, value in zip(learned, before, strict=True):

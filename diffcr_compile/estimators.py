@@ -29,8 +29,9 @@ def two_bin(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwa
     the ratio is <dL/dout, upper - lower> / width everywhere.
     """
     low, high, weight = _place(routing)
-    lower = forward_at(module, low, *_own_tokens(routing, args, kwargs), _look(routing, args, kwargs) if low else None)
-    upper = forward_at(module, high, args, kwargs, _look(routing, args, kwargs))
+    own, remembered = _own_tokens(routing, args, kwargs), _look(routing, args, kwargs) if low else None
+    lower = _run(module, routing, low, *own, remembered)
+    upper = _run(module, routing, high, args, kwargs, _look(routing, args, kwargs))
     others = iter([leaf for _, leaf in iterate_leaves(upper) if isinstance(leaf, Tensor)])
 
     def mix(_: Any, leaf: Any) -> Any:
@@ -78,7 +79,7 @@ def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...],
         program.fallback(index, values, memory) if output.routed or skips_all else None
         for index, output in enumerate(plan.outputs)
     ]
-    output = forward_at(module, low, *_own_tokens(routing, args, kwargs), recalled if low else None)
+    output = _run(module, routing, low, *_own_tokens(routing, args, kwargs), recalled if low else None)
     places = iter(zip(plan.outputs, before, strict=True))
 
     def fade(_: Any, leaf: Any) -> Any:
@@ -104,6 +105,19 @@ def estimate(
     """The block's output by the estimator of that name, after its graph for full context has been brought up to date."""
     prepare_context(module, routing, args, kwargs)
     return ESTIMATORS[name](module, routing, args, kwargs)
+
+
+def _run(
+    module: nn.Module,
+    routing: BlockRouting,
+    ratio: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recalled: Recalled | None,
+) -> Any:
+    """The block at a bin: by its graph where the blocks are lowered, of which there are as many as bins."""
+    run = forward_at if routing.compiled is None or torch.compiler.is_compiling() else routing.compiled
+    return run(module, ratio, args, kwargs, recalled)
 
 
 def _look(routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recalled | None:

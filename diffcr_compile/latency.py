@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .cost import CostModel, block_shapes
 from .learning import dense
-from .lower import Lowered, unlowered
+from .lower import unlowered
 from .observe import watch_calls
 from .ratios import BIN, SCALE
 from .region import pin_region
@@ -143,14 +143,8 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _compiled_by_block(model: nn.Module, state: ModelRouting) -> Iterator[None]:
     """Inside, a model lowered whole has its blocks compiled one by one instead."""
-    lowered = state.lowered
-    if lowered is None or lowered.scope == "regional":
+    if state.lowered is None or state.lowered.scope == "regional":
         yield
         return
-    regional = Lowered("regional", {"fullgraph": True, "dynamic": False}, clone_outputs=False)
-    with unlowered(model, state):
-        regional.install(model)
-        try:
-            yield
-        finally:
-            regional.remove(model)
+    with unlowered(model, state) as lowered, lowered.by_block(model):
+        yield

@@ -148,6 +148,19 @@ class Lowered:
             model._compiled_call_impl, self.set_aside = self.set_aside, None
         self.active = False
 
+    @contextlib.contextmanager
+    def by_block(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the blocks of a model from which this was removed are compiled one by one, whatever the scope; no CUDA graphs."""
+        regional = self
+        if self.scope != "regional":
+            options = {"fullgraph": True, "dynamic": False} if self.clone_outputs else self.options
+            regional = Lowered("regional", options, clone_outputs=False)
+        regional.install(model)
+        try:
+            yield
+        finally:
+            regional.remove(model)
+
     def run_block(
         self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
     ) -> Any:
@@ -232,14 +245,14 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def unlowered(model: nn.Module, state: ModelRouting) -> Iterator[None]:
-    """Inside, the model runs without what ``lower`` put in place; afterwards with it again, unless it was restored or lowered anew
-    meanwhile."""
+def unlowered(model: nn.Module, state: ModelRouting) -> Iterator[Lowered | None]:
+    """Inside, the model runs without what ``lower`` put in place, which is given; afterwards with it again, unless it was restored
+    or lowered anew meanwhile."""
     lowered, state.lowered = state.lowered, None
     if lowered is not None:
         lowered.remove(model)
     try:
-        yield
+        yield lowered
     finally:
         if lowered is not None and state.lowered is None and model.__dict__.get(STATE) is state:
             state.lowered = lowered

@@ -268,13 +268,27 @@ def test_lowering_again_while_it_is_watched(scope: str, watch: Any) -> None:
     assert same_snapshot(snapshot(model), snapshot(original(PLAIN)))
 
 
-def test_calibrate_learns_eagerly_and_stays_lowered() -> None:
-    _, model, counter = lowered(0.0, "regional")
-    config = diffcr_compile.CalibrationConfig(steps=3, trainable="routers")
-    diffcr_compile.calibrate(model, [tiny_inputs(PLAIN)], budget=0.7, config=config)
-    assert counter.frame_count == 0
-    run(model)
-    assert counter.frame_count > 0
+@pytest.mark.parametrize(
+    ("scope", "estimator", "skip"),
+    [("full", "two-bin", "identity"), ("regional", "single-pass", "identity"), ("regional", "single-pass", "reuse")],
+)
+def test_calibrate_learns_by_graphs_of_the_blocks_and_stays_lowered(scope: str, estimator: str, skip: str) -> None:
+    """The same table and weights as eagerly, but for rounding, by a graph for each bin and kind of gradient."""
+    batches = [tiny_inputs(PLAIN, timestep=step) for step in (900.0, 700.0, 500.0)]
+    config = diffcr_compile.CalibrationConfig(steps=4, ratio_learning_rate=0.1, estimator=estimator)  # type: ignore[arg-type]
+    options = diffcr_compile.DiffCRConfig(skip=skip, num_regions=1)  # type: ignore[arg-type]
+    counter = CompileCounterWithBackend("aot_eager")
+    eager, model = (diffcr_compile.transform(original(PLAIN), options, example_inputs=batches[0]) for _ in range(2))
+    diffcr_compile.lower(model, scope=scope, backend=counter)  # type: ignore[arg-type]
+    for each in (eager, model):
+        diffcr_compile.calibrate(each, batches, budget=0.7, config=config)
+    graphs = counter.frame_count
+    assert 0 < graphs <= 3 * 11
+    assert torch.equal(diffcr_compile.ratios(model), diffcr_compile.ratios(eager))
+    for name, tensor in model.state_dict().items():
+        assert relative_error(tensor, eager.state_dict()[name]) < 1e-4
+    assert relative_error(run(model), run(eager)) < 1e-4
+    assert scope == "regional" or counter.frame_count > graphs
 
 
 def test_lowering_again_changes_the_scope() -> None:
