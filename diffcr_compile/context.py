@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .guards import Guards
 from .settings import settings_of
 
 ContextKey = tuple[Any, ...]
+
+MOST_GRAPHS = 8
+"""Graphs that are written for other sizes of one kind of call: a length that the block's code counts to would have it exported at
+each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +32,16 @@ class ContextGraph:
     graph: placeholders are the block's ``attributes`` (names of parameters and buffers), ``constants``, the positions kept (B, K),
     the call's tensors, those of them that follow the tokens once more, indexed, and the keys and values that are remembered;
     returns the block's output tensors at the kept tokens, then the kept tokens' keys and values. given: what it was called with
-    beside tensors when it was exported, as settings. fill: where any are remembered, the block as it is; takes the attributes,
-    constants and tensors, returns the outputs and keys and values of all tokens.
+    beside tensors when it was exported, as settings; guards: what holds of the sizes of a call's tensors. fill: where any are
+    remembered, the block as it is; takes the attributes, constants and tensors, returns the outputs and keys and values of all
+    tokens.
     """
 
     graph: fx.GraphModule
     attributes: tuple[str, ...]
     constants: tuple[Tensor, ...]
-    given: tuple[object, ...] = ()
+    given: tuple[object, ...]
+    guards: Guards
     fill: fx.GraphModule | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextGraph:
@@ -55,7 +62,7 @@ class ContextGraph:
         """The same on another device: an export writes the one that it saw into every tensor that the graph makes."""
         constants = tuple(constant.to(device) for constant in self.constants)
         fill = None if self.fill is None else _on(self.fill, device)
-        return ContextGraph(_on(self.graph, device), self.attributes, constants, self.given, fill)
+        return ContextGraph(_on(self.graph, device), self.attributes, constants, self.given, self.guards, fill)
 
     def bind(self, module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         """The graph with the parameters of ``module``."""

@@ -231,7 +231,7 @@ class Lowered:
 
 def _contexts(state: ModelRouting) -> tuple[ContextGraph, ...]:
     """The rewritten graphs in force."""
-    return tuple(context for block in state.blocks for context in block.contexts.values())
+    return tuple(context for block in state.blocks for graphs in block.contexts.values() for context in graphs)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Axes are written as text: ``B`` batch, ``N`` the routed tokens, ``t0``, ``t1``, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -96,6 +97,10 @@ class BlockPlan:
     context: Context = "kept"
     context_note: str = ""
     states: tuple[StatePlan, ...] = ()
+
+    def tensors(self, values: Sequence[Any]) -> list[Any]:
+        """Those of a call's leaves that are tensors."""
+        return [value for value, leaf in zip(values, self.leaves, strict=True) if leaf.is_tensor]
 
     @property
     def can_skip_block(self) -> bool:

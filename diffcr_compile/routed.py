@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
-from .context import ContextGraph, ContextKey, context_key
+from .context import MOST_GRAPHS, ContextGraph, ContextKey, context_key
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
 from .plan import BlockPlan, ModelPlan
@@ -78,13 +78,13 @@ class Current(threading.local):
 class Program:
     """The routed program of one family at one call signature: its plan and its FX graph (shared, never copied).
 
-    contexts: with context from every token, the rewritten graph of the block itself for each state its modules have been met in,
-    and what it was given beside tensors.
+    contexts: with context from every token, the rewritten graphs of the block itself for each state its modules have been met in,
+    and what it was given beside tensors: one, or where its code goes by sizes others for other sizes.
     """
 
     plan: BlockPlan
     graph: fx.GraphModule
-    contexts: dict[tuple[ContextKey, Any], ContextGraph] = field(default_factory=dict)
+    contexts: dict[tuple[ContextKey, Any], tuple[ContextGraph, ...]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
@@ -334,7 +334,7 @@ class ModelRouting(_Whole):
 @dataclass(eq=False)
 class BlockRouting(_Whole):
     """State of one routed block: its column of the table in thousandths, and by call signature its programs and, with full
-    context, their graphs for its modules as they are."""
+    context, their graphs for its modules as they are, each for other sizes."""
 
     fqn: str
     index: int
@@ -344,7 +344,7 @@ class BlockRouting(_Whole):
     model: ModelRouting
     ratios: tuple[int, ...]
     compiled: Callable[..., Any] | None = None
-    contexts: dict[Signature, ContextGraph] = field(default_factory=dict)
+    contexts: dict[Signature, tuple[ContextGraph, ...]] = field(default_factory=dict)
 
     def ratio(self) -> int:
         """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
@@ -364,13 +364,17 @@ class BlockRouting(_Whole):
             program = self._analysed(bound)
         return program
 
-    def contexts_at(self, key: ContextKey) -> dict[Signature, ContextGraph]:
+    def contexts_at(self, key: ContextKey) -> dict[Signature, tuple[ContextGraph, ...]]:
         """The rewritten graphs in force that are of modules in this state."""
         return {
-            signature: context
-            for signature, context in self.contexts.items()
-            if self.programs[signature].contexts.get((key, context.given)) is context
+            signature: graphs
+            for signature, graphs in self.contexts.items()
+            if set(graphs) <= set(self.programs[signature].contexts.get((key, graphs[0].given), ()))
         }
+
+    def context(self, plan: BlockPlan, values: Sequence[Any]) -> ContextGraph | None:
+        """The rewritten graph in force for a call with these leaves, if there is one for its sizes."""
+        return _of_sizes(self.contexts.get(plan.signature, ()), plan, values)
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, list[Any]]:
         """The program for a call of this block, and the call's leaves in the order of the program's plan."""
@@ -470,9 +474,9 @@ def prepare(
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
-    context = routing.contexts.get(program.plan.signature)
+    context = routing.context(program.plan, values)
     if trajectory is None or trajectory.first or context is None or context.given != program.given(bound):
-        _write_context(module, routing, program, bound)  # adapters are put on and taken off between trajectories
+        _write_context(module, routing, program, bound, values)  # adapters come and go between trajectories
     if trajectory is None or not remembers:
         return ratio, None
     if state.rehearsal is not None:
@@ -484,7 +488,8 @@ def prepare_context(module: nn.Module, routing: BlockRouting, args: tuple[Any, .
     """With context from every token: have the block's graph rewritten as its modules now are."""
     if routing.model.config.context != "kept":
         bound = bind_arguments(routing.positional, args, kwargs)
-        _write_context(module, routing, routing.program(bound), bound)
+        program = routing.program(bound)
+        _write_context(module, routing, program, bound, program.values(bound, routing.fqn))
 
 
 def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, ...]) -> bool:
@@ -502,14 +507,35 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
     return True
 
 
-def _write_context(module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any]) -> None:
-    if program.plan.context == "kept":
+def _write_context(
+    module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any], values: list[Any]
+) -> None:
+    plan = program.plan
+    if plan.context == "kept":
         return
     key, given = context_key(module), program.given(bound)
-    if (key, given) not in program.contexts:
+    known = program.contexts.get((key, given), ())
+    if _of_sizes(known, plan, values) is None:
+        if len(known) >= MOST_GRAPHS:
+            raise UnsupportedError(
+                f"{routing.fqn} does something else at other sizes ({_broken(known, plan, values)}), and has been looked at for "
+                f"{MOST_GRAPHS} of them, and no more are kept. Use fewer sizes, or context='kept'."
+            )
         assert routing.model.rebuild is not None
-        program.contexts[key, given] = routing.model.rebuild(module, routing.fqn, program.plan, bound)
-    routing.contexts = {**routing.contexts_at(key), program.plan.signature: program.contexts[key, given]}
+        known = (*known, routing.model.rebuild(module, routing.fqn, plan, values, _broken(known, plan, values)))
+        program.contexts[key, given] = known
+    routing.contexts = {**routing.contexts_at(key), plan.signature: known}
+
+
+def _of_sizes(graphs: Sequence[ContextGraph], plan: BlockPlan, values: Sequence[Any]) -> ContextGraph | None:
+    """The first graph that holds for the sizes of a call with these leaves."""
+    tensors = plan.tensors(values)
+    return next((graph for graph in graphs if graph.guards.hold(tensors)), None)
+
+
+def _broken(graphs: Sequence[ContextGraph], plan: BlockPlan, values: Sequence[Any]) -> str:
+    """What the graphs take for granted and this call does not fulfil, in words."""
+    return " or ".join(dict.fromkeys(graph.guards.broken(plan.tensors(values)) for graph in graphs))
 
 
 def forward_at(
@@ -540,7 +566,7 @@ def forward_at(
     elif k == 0:
         output, kept = program.skip(values, memory), None
     else:
-        block = _block(module, routing, plan)
+        block = _block(module, routing, plan, values)
         if memory is None and routing.model.config.skip == "reuse":
             memory = blank(plan, values)
         output, kept = program(block, router_vector(module) if vector is None else vector, k, values, memory)
@@ -549,12 +575,12 @@ def forward_at(
     return output
 
 
-def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan) -> Callable[..., Any]:
+def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan, values: list[Any]) -> Callable[..., Any]:
     """What a program calls: the block's own forward, or with context from every token its rewritten graph."""
     if plan.context == "kept":
         block: Callable[..., Any] = functools.partial(routing.base, module)
     else:
-        block = _context_of(routing, plan).bind(module)
+        block = _context_of(routing, plan, values).bind(module)
     return OneByOne(block) if plan.lift == "vmap" and _has_quantised_weights(module) else block
 
 
@@ -568,12 +594,12 @@ def _has_quantised_weights(module: nn.Module) -> bool:
     return any(hasattr(type(parameter), "__tensor_flatten__") for parameter in module.parameters())
 
 
-def _context_of(routing: BlockRouting, plan: BlockPlan) -> ContextGraph:
-    context = routing.contexts.get(plan.signature)
+def _context_of(routing: BlockRouting, plan: BlockPlan, values: list[Any]) -> ContextGraph:
+    context = routing.context(plan, values)
     if context is None:
         raise CaptureError(
-            f"{routing.fqn}: its graph for context from every token is written at the first eager forward, and there was none "
-            "since the model was loaded. Run it once before it is compiled or exported."
+            f"{routing.fqn}: its graph for context from every token is written at the first eager forward with such sizes, and "
+            "there was none since the model was loaded. Run it once before it is compiled or exported."
         )
     return context
 
@@ -596,8 +622,7 @@ def _run_dense(
     if plan.in_place:
         before = [tensor.clone() for tensor in before]
     if plan.states:
-        given = [value for value, leaf in zip(values, plan.leaves, strict=True) if leaf.is_tensor]
-        tensors = list(_context_of(routing, plan).run_dense(module, given))
+        tensors = list(_context_of(routing, plan, values).run_dense(module, plan.tensors(values)))
         output = program.output(tensors)
         remember_all_context(memory, tensors[len(plan.outputs) :])
     else:

@@ -147,7 +147,7 @@ def _search_graph(model: nn.Module, state: ModelRouting, start: ModelAnalysis, f
     """The analysis of a model without blocks below it, once those in its graph are modules; or why they can't be."""
     state.outlined.undo()
     try:
-        state.outlined = outline_flat(model, found.calls[""][0])
+        state.outlined = outline_flat(model, found.calls[""][0], found.input_batch_axes)
     except Refused as refused:
         return replace(found, refusals=(Refusal(type(model).__name__, ("the whole model",), str(refused)),))
     return run_passes(PASSES, start)

@@ -42,7 +42,7 @@ from ..plan import BlockPlan, StatePlan
 from ..settings import setting
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
-from .export import export_block
+from .export import duplicate, export_block, guards_of
 from .residual import ancestors
 from .tokens import plan_leaves, plan_state, token_axis_of
 from .verify import Trial, first_line
@@ -91,17 +91,23 @@ def prove_same_context(block: BlockAnalysis) -> None:
         Trial(block).check_context(block.plan, block.context_graph)
 
 
-def rebuild_context(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
-    """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused.
+def rebuild_context(
+    module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], config: Any, *, proved: bool = False
+) -> ContextGraph:
+    """The graph for a block whose modules, dtypes or device have changed since its plan was proved, or at sizes of which its graph
+    is not, where the plan is to be ``proved`` anew (but in training, where dropout has no two runs alike); raises Refused.
 
     Written outside any fake tensors around the call: the graph is kept for calls that are real.
     """
     with unset_fake_temporarily():
-        return _rebuild(module, fqn, plan, bound, config)
+        return _rebuild(module, fqn, plan, values, config, proved)
 
 
-def _rebuild(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any], config: Any) -> ContextGraph:
-    arguments = map_leaves(lambda _, leaf: describe(leaf), bound)
+def _rebuild(
+    module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], config: Any, proved: bool
+) -> ContextGraph:
+    leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
+    arguments = map_leaves(lambda _, index: None if index is None else leaves[index], plan.arguments)
     call = Call(fqn, arguments, plan.output_template, 0)
     branch = plan.is_branch
     block = BlockAnalysis(module, fqn, call, config, attention=plan.attention, is_branch=branch)
@@ -111,9 +117,28 @@ def _rebuild(module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any]
     block = replace(block, token_symbols=frozenset(token.free_symbols))
     block = plan_leaves(replace(block, stream=plan.stream, token=token, batch=batch))
     graph, states = write_context(block)
-    if states != plan.states:
+    if list(map(_fixed_sizes, states)) != list(map(_fixed_sizes, plan.states)):
         raise Refused("its keys and values have other shapes than those that are remembered")
+    if proved and not any(part.training for part in module.modules()):
+        try:
+            Trial(replace(block, module=duplicate(block))).check_context(plan, graph)
+        except Exception as error:  # whatever the block's code does
+            raise Refused(first_line(error)) from error
     return graph
+
+
+def _fixed_sizes(state: StatePlan) -> StatePlan:
+    """The same, however the length along its tokens is written."""
+    return replace(state, dims=tuple("" if axis == state.tokens.axis else size for axis, size in enumerate(state.dims)))
+
+
+def _describe(value: Any, batch_axis: int | None) -> Any:
+    """A leaf of a call as it is kept; a single sample is given twice, since a size of one would be taken for fixed."""
+    info = describe(value)
+    if batch_axis is None or info.shape[batch_axis] != 1:
+        return info
+    shape = tuple(2 if axis == batch_axis else size for axis, size in enumerate(info.shape))
+    return TensorInfo(shape, info.dtype, None if info.value is None else torch.cat([info.value] * 2, batch_axis))
 
 
 def write_context(block: BlockAnalysis) -> tuple[ContextGraph, tuple[StatePlan, ...]]:
@@ -193,8 +218,9 @@ class _Writer:
         self.graph.lint()
         graph = fx.GraphModule({}, self.graph, class_name="Context")
         given = tuple(setting(leaf) for _, leaf in self.block.call_leaves if not isinstance(leaf, TensorInfo))
-        fill = self._write_fill()
-        return ContextGraph(graph, self.attributes, self.constants, given, fill), tuple(self.states.values())
+        guards = guards_of(self.block, {leaf.path: leaf.batch_axis for leaf in self.block.leaves})
+        context = ContextGraph(graph, self.attributes, self.constants, given, guards, self._write_fill())
+        return context, tuple(self.states.values())
 
     def _write_fill(self) -> fx.GraphModule | None:
         """The block as it is, with what is to be remembered of all tokens for further outputs."""

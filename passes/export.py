@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..arguments import iterate_leaves, map_leaves, positional_names, unbind_arguments
+from ..arguments import Path, iterate_leaves, leaf_name, map_leaves, positional_names, unbind_arguments
+from ..guards import Guards
 from ..routed import STATE
 from .analysis import Call, Refused, TensorInfo
 from .block import BlockAnalysis
@@ -59,7 +60,7 @@ def export_block(block: BlockAnalysis, *, as_it_is: bool = False) -> BlockAnalys
         raise Refused(
             f"it runs {block.call.num_operators} operators in one call (a loop over frames or tokens), too many to export"
         )
-    flat, tensors = _FlatCall(_duplicate(block), block.call.arguments), _examples(block)
+    flat, tensors = _FlatCall(duplicate(block), block.call.arguments), _examples(block)
     dynamic = tuple(dict.fromkeys(range(tensor.ndim), Dim.AUTO) for tensor in tensors)
     refusals: list[Refused] = []
     # Some blocks go by values in evaluation alone; what the graph of training suggests is proved on the real one anyway.
@@ -91,15 +92,33 @@ def export_block(block: BlockAnalysis, *, as_it_is: bool = False) -> BlockAnalys
 def trace_around(block: BlockAnalysis, parts: dict[str, tuple[Call, ...]]) -> fx.Graph:
     """A block's graph, with the sizes of its call, where each of ``parts`` (name below the block -> its calls) stands for what it
     returned: a value of that shape which depends on all its tensors. Refuses what torch.export can't take then either."""
-    duplicate = _duplicate(block).eval()
+    module = duplicate(block).eval()
     for name, calls in parts.items():
-        duplicate.get_submodule(name).forward = _stand_in(calls)  # type: ignore[method-assign]
-    flat, tensors = _FlatCall(duplicate, block.call.arguments), _examples(block)
+        module.get_submodule(name).forward = _stand_in(calls)  # type: ignore[method-assign]
+    flat, tensors = _FlatCall(module, block.call.arguments), _examples(block)
     try:
         with torch.no_grad(), _quiet():
             return export(flat, tensors, strict=False).graph
     except Exception as error:  # torch.export raises whatever the block's code does
         raise Refused(_untraced(error)) from error
+
+
+def guards_of(block: BlockAnalysis, batch_axes: Mapping[Path, int | None]) -> Guards:
+    """What the graph takes for granted of the sizes of its call's tensors: what export noted, and what it does not note, that a
+    size is one or is not. Of the axes over samples, given by leaf, the latter is not asked."""
+    assert block.program is not None
+    leaves = [
+        (path, dims)
+        for (path, leaf), dims in zip(block.call_leaves, block.leaf_dims, strict=True)
+        if isinstance(leaf, TensorInfo)
+    ]
+    noted = [guard.replace("L['tensors']", "tensors") for guard in block.program._guards_code if "stride" not in guard]
+    sizes: dict[str, None] = {}
+    for index, (path, dims) in enumerate(leaves):
+        for axis, size in enumerate(dims):
+            if batch_axes.get(path) != axis:
+                sizes[f"tensors[{index}].size()[{axis}] " + (f"== {size}" if size.is_number else "> 1")] = None
+    return Guards(tuple(leaf_name(path) for path, _ in leaves), tuple(dict.fromkeys([*noted, *sizes])))
 
 
 def _untraced(error: Exception) -> str:
@@ -123,15 +142,17 @@ def _stand_in(calls: tuple[Call, ...]) -> Callable[..., Any]:
     return forward
 
 
-def _duplicate(block: BlockAnalysis) -> nn.Module:
+def duplicate(block: BlockAnalysis) -> nn.Module:
     """The block's module objects copied, their parameters shared, without the block's own hooks: they will run around its routed
     forward, as around any other."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*block.module.parameters(), *block.module.buffers())}
-    duplicate = copy.deepcopy(block.module, memo)
-    duplicate._forward_pre_hooks.clear()
-    duplicate._forward_hooks.clear()
-    vars(duplicate).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
-    return duplicate
+    routing = vars(block.module).get(STATE)
+    memo[id(routing)] = routing
+    module = copy.deepcopy(block.module, memo)
+    module._forward_pre_hooks.clear()
+    module._forward_hooks.clear()
+    vars(module).pop(STATE, None)  # a block that is routed already, and met again, is looked at as it was
+    return module
 
 
 def _examples(block: BlockAnalysis) -> tuple[Tensor, ...]:

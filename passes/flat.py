@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,13 +21,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..arguments import bind_arguments, iterate_leaves, leaf_name, map_leaves, positional_names, signature_of
+from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names, signature_of
 from ..config import DiffCRConfig
 from ..errors import UnsupportedError
+from ..guards import Guards
 from ..routed import routing_of
 from .analysis import Call, Refused, TensorInfo
 from .block import BlockAnalysis, as_meta
-from .export import export_block
+from .export import export_block, guards_of
 from .outline import Region, attends
 from .residual import ancestors, operator_name
 
@@ -58,9 +58,9 @@ class _Blocks(nn.Module):
     """Holds the blocks that were found; has no state of its own."""
 
 
-def outline_flat(model: nn.Module, call: Call) -> Flat:
-    """Make modules of the repeated residual segments in the graph of a model's ``call``. Refuses a model that has none, or that
-    can't be exported."""
+def outline_flat(model: nn.Module, call: Call, batch_axes: dict[Path, int]) -> Flat:
+    """Make modules of the repeated residual segments in the graph of a model's ``call``, whose leaves have these axes over samples
+    (the first where none are known). Refuses a model that has none, or that can't be exported."""
     if "forward" in vars(model):
         raise Refused("it has no blocks below it, and its forward is not its class's")
     # A model may be longer than what is exported as one block.
@@ -87,15 +87,15 @@ def outline_flat(model: nn.Module, call: Call) -> Flat:
     run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
     base = type(model).forward
     model.add_module(BLOCKS, holder.train(model.training))
-    forward = _flat_forward(base, run, block)
+    guards = guards_of(block, batch_axes or {path: 0 for path, _ in block.call_leaves})
+    forward = _flat_forward(base, run, block.call, guards)
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
     return Flat(model, forward)
 
 
-def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], block: BlockAnalysis) -> Callable[..., Any]:
+def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call, guards: Guards) -> Callable[..., Any]:
     """The forward to bind: the graph's where a block routes, or may be seen to; else the original."""
-    names, call = positional_names(base), block.call
-    known, guards = _fixed(call.arguments), _guards(block)
+    names, known = positional_names(base), _fixed(call.arguments)
 
     @functools.wraps(base)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -112,12 +112,11 @@ def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], block: Bloc
                 "example_inputs of this kind."
             )
         tensors = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)]
-        for guard, holds in guards:
-            if not holds(*tensors):
-                raise UnsupportedError(
-                    f"the graph of {type(self).__name__} holds where {guard}: in this call it may do something else. "
-                    "Restore it and transform it with example_inputs of this kind."
-                )
+        if not guards.hold(tensors):
+            raise UnsupportedError(
+                f"the graph of {type(self).__name__} holds where {guards.broken(tensors)}: in this call it may do something else. "
+                "Restore it and transform it with example_inputs of this kind."
+            )
         outputs = iter(run(self, *tensors))
         return map_leaves(lambda _, leaf: next(outputs) if isinstance(leaf, TensorInfo) else leaf, call.output)
 
@@ -128,15 +127,6 @@ def _fixed(bound: dict[str, Any]) -> Any:
     """What the graph is written for in a call: ranks of tensors, and the values of all else."""
     values = [leaf for _, leaf in iterate_leaves(bound) if not isinstance(leaf, Tensor | TensorInfo | None)]
     return signature_of(map_leaves(as_meta, bound)), values
-
-
-def _guards(block: BlockAnalysis) -> list[tuple[str, Callable[..., bool]]]:
-    """What export found that the sizes of a call's tensors must fulfil, in words and as functions of the tensors."""
-    assert block.program is not None
-    names = [leaf_name(path) for path, leaf in block.call_leaves if isinstance(leaf, TensorInfo)]
-    size = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)")
-    guards = [size.sub(lambda found: f"{names[int(found[1])]}.shape", guard) for guard in block.program._guards_code]
-    return [(guard, eval(f"lambda {', '.join(names)}: {guard}")) for guard in guards]
 
 
 def _graph_on_model(block: BlockAnalysis) -> fx.Graph:

@@ -117,7 +117,7 @@ def route_blocks(
         )
         bind(module, routing, routers[index])
         if context_graphs and not _trains(module) and (graph := context_graphs[site.family]) is not None:
-            program.contexts[context_key(module), graph.given] = routing.contexts[program.plan.signature] = graph
+            program.contexts[context_key(module), graph.given] = routing.contexts[program.plan.signature] = (graph,)
         state.blocks.append(routing)
 
 
@@ -126,14 +126,20 @@ def _trains(module: nn.Module) -> bool:
     return any(part.training for part in module.modules())
 
 
-def _rebuild(config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan, bound: dict[str, Any]) -> ContextGraph:
+def _rebuild(
+    config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], sizes: str
+) -> ContextGraph:
     try:
-        return rebuild_context(module, fqn, plan, bound, config)
+        return rebuild_context(module, fqn, plan, values, config, proved=bool(sizes))
     except Refused as refused:
+        why = (
+            f"is called with sizes at which it may do something else than when it was analysed ({sizes} does not hold)"
+            if sizes
+            else "has changed since it was analysed (adapters, quantisation, processors, dtype, offload)"
+        )
         raise UnsupportedError(
-            f"{fqn} has changed since it was analysed (adapters, quantisation, processors, dtype, offload), and its graph can't be "
-            f"rewritten for context={config.context!r} any more: {refused}. Restore the model and transform it again, "
-            "or use context='kept'."
+            f"{fqn} {why}, and its graph can't be rewritten for context={config.context!r}: {refused}. Restore the model and "
+            "transform it again, or use context='kept'."
         ) from refused
 
 

@@ -140,9 +140,9 @@ def token_axis_of(block: BlockAnalysis, axis: int, size: sympy.Expr, name: str) 
 
 def _segments(block: BlockAnalysis, size: sympy.Expr) -> list[sympy.Expr] | None:
     """A sum of lengths in the order in which the graph concatenates them; None where it is no such sum."""
-    if size.is_Symbol:
+    if size.is_Symbol or size.is_Integer:
         return [size]
-    if not size.is_Add or not all(term.is_Symbol for term in size.args):
+    if not size.is_Add or not all(term.is_Symbol or term.is_Integer for term in size.args):
         return None
     assert block.graph is not None
     for node in block.graph.nodes:

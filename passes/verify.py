@@ -125,7 +125,7 @@ class Trial:
         self.generator = torch.Generator().manual_seed(0)
         self.module = randomised_copy(block.module, self.generator)
         self.batch = BATCH if block.fixed_batch != BATCH else BATCH + 1
-        self._draw(self.batch, NUM_TOKENS)
+        self._draw(self.batch, self._within(block.token, NUM_TOKENS))
 
     def _draw(self, batch: int, num_tokens: int, *, any_integer: bool = False) -> None:
         self.num_tokens, self.any_integer = num_tokens, any_integer
@@ -138,10 +138,10 @@ class Trial:
         num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
         longest = min(LONGEST, max(round(WORK / max(num_parameters, 1)), 4 * NUM_TOKENS))
         captured = min(self.block.captured_sizes[self.block.token], longest)  # type: ignore[index]
-        if captured > NUM_TOKENS:
+        if captured > self.num_tokens:
             yield self._variant(1, captured)
         if any(isinstance(leaf, TensorInfo) and leaf.value is not None for _, leaf in self.block.call_leaves):
-            trial = self._variant(self.batch, NUM_TOKENS, any_integer=True)
+            trial = self._variant(self.batch, self.num_tokens, any_integer=True)
             try:
                 trial._run(trial.values)
             except Refused:
@@ -161,8 +161,20 @@ class Trial:
         free = iter(LENGTHS)
         for index, axis in dict.fromkeys(joined):
             symbol = block.leaf_dims[index][axis]
-            sizes[symbol] = next(free)
+            if symbol.is_Symbol:
+                sizes[symbol] = self._within(symbol, next(free))
         return sizes
+
+    def _within(self, symbol: sympy.Expr | None, size: int) -> int:
+        """A size for ``symbol`` at which the block does what it was exported doing, as far as its own range tells: ``size``, or one
+        beyond the range's lower bound, if that is no large number."""
+        assert self.block.program is not None
+        allowed = self.block.program.range_constraints.get(symbol)
+        if allowed is None or allowed.lower <= size <= allowed.upper:
+            return size
+        if size > allowed.upper:
+            return int(allowed.upper)
+        return size if allowed.lower > LONGEST else int(min(allowed.lower + size, allowed.upper))
 
     def _value(self, index: int, leaf: Any) -> Any:
         if not isinstance(leaf, TensorInfo):
@@ -343,7 +355,7 @@ class Trial:
     def _check_skipped(
         self, plan: BlockPlan, source: int | None, result: Tensor, kept: Tensor, sample: int, axis: int
     ) -> None:
-        skipped = torch.tensor([index for index in range(NUM_TOKENS) if index not in kept])
+        skipped = torch.tensor([index for index in range(self.num_tokens) if index not in kept])
         found = result.index_select(axis, skipped)
         before = torch.zeros_like(found)
         if source is not None:
