@@ -1,6 +1,7 @@
 """``save`` and ``load``: a routing as a small directory, JSON beside safetensors, never pickled.
 
-    routing.json         type, version, configuration, the plan, fingerprint of the model, ratio table
+    routing.json         type, version, configuration, the plan (with the kinds of call that were met later), fingerprint of the
+                         model, ratio table
     routers.safetensors  one float vector per block, or one per block and timestep region
     report.json          of the calibration that made the table, if one did: read by ``CalibrationReport.load``
 
@@ -42,7 +43,10 @@ from .table import read_table, write_table
 from .transform import attach, restore
 from .unwrap import unwrap
 
-TYPE, VERSION = "diffcr_compile.routing", 1
+TYPE = "diffcr_compile.routing"
+VERSION = 2
+"""1: a plan for the first kind of call alone."""
+
 _JSON, _TENSORS, _REPORT = "routing.json", "routers.safetensors", "report.json"
 _LARGEST_JSON_BYTES = 4 * 2**20
 _SLACK_BYTES = 2**16

@@ -18,7 +18,7 @@ class FamilyExplanation:
     """Blocks that share one plan: their names, the plan, and the routed program as Python code of its FX graph.
 
     reuses: a skipped token's last updates are remembered, and what they foretell is added to it. later: the blocks' plans for the
-    kinds of call that were met since, which are planned anew where the routing is loaded.
+    kinds of call that were met since.
     """
 
     plan: BlockPlan

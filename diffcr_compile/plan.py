@@ -114,6 +114,20 @@ class BlockPlan:
         return self.outputs[self.routed_output].added
 
     @property
+    def form(self) -> Any:
+        """What the plans of one block must share: the stream that its router sees, and the outputs that its memory is of."""
+        outputs = tuple(
+            (
+                output.added,
+                output.batch_axis,
+                None if output.source is None else self.leaves[output.source].path,
+                (output.dims.index("N"), output.dims[-1]) if output.routed else None,
+            )
+            for output in self.outputs
+        )
+        return self.leaves[self.stream].path, self.token_axis, self.batch_axis, self.width, outputs
+
+    @property
     def routed_output(self) -> int:
         """Index of the output that holds the stream's tokens."""
         routed = [index for index, output in enumerate(self.outputs) if output.routed]
@@ -153,7 +167,8 @@ class TimestepPlan:
 @dataclass(frozen=True)
 class ModelPlan:
     """What ``transform`` decided about a model. ``dense_flops``: of one forward on the inputs it was analysed with;
-    ``input_paths``: the leaves of the model's call; the batch axes: of its tensor leaves and of its output's, in order."""
+    ``input_paths``: the leaves of the model's call; the batch axes: of its tensor leaves and of its output's, in order.
+    ``later_families``: plans for the kinds of call that were met since, ``later_sites``: the blocks that have them."""
 
     families: tuple[BlockPlan, ...]
     sites: tuple[Site, ...]
@@ -165,6 +180,8 @@ class ModelPlan:
     output_batch_axes: tuple[int, ...]
     dense_flops: int
     family_flops: tuple[int, ...]
+    later_families: tuple[BlockPlan, ...] = ()
+    later_sites: tuple[Site, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelPlan:
         return self
@@ -173,31 +190,34 @@ class ModelPlan:
 def plan_to_dict(plan: ModelPlan) -> dict[str, Any]:
     """Dictionary form of a plan; what a block returns is left as it is, dataclasses and all."""
     data = asdict(plan)
-    for family, known in zip(data["families"], plan.families, strict=True):
-        family["output_template"] = known.output_template
+    for name in ("families", "later_families"):
+        for family, known in zip(data[name], getattr(plan, name), strict=True):
+            family["output_template"] = known.output_template
     return data
 
 
 def plan_from_dict(data: dict[str, Any]) -> ModelPlan:
     """Inverse of :func:`plan_to_dict`. Raises KeyError, TypeError or ValueError for what no plan looks like."""
-    families = tuple(
-        BlockPlan(
-            **{
-                **family,
-                "leaves": tuple(_leaf_from_dict(leaf) for leaf in family["leaves"]),
-                "outputs": tuple(OutputPlan(**output) for output in family["outputs"]),
-                "states": tuple(_state_from_dict(state) for state in family.get("states", ())),
-            }
-        )
-        for family in data["families"]
-    )
     return ModelPlan(
         **{
             **data,
-            "families": families,
+            "families": tuple(map(_family_from_dict, data["families"])),
             "sites": tuple(Site(**site) for site in data["sites"]),
             "refusals": tuple(Refusal(**refusal) for refusal in data["refusals"]),
             "timestep": None if data["timestep"] is None else TimestepPlan(**data["timestep"]),
+            "later_families": tuple(map(_family_from_dict, data.get("later_families", ()))),
+            "later_sites": tuple(Site(**site) for site in data.get("later_sites", ())),
+        }
+    )
+
+
+def _family_from_dict(data: dict[str, Any]) -> BlockPlan:
+    return BlockPlan(
+        **{
+            **data,
+            "leaves": tuple(_leaf_from_dict(leaf) for leaf in data["leaves"]),
+            "outputs": tuple(OutputPlan(**output) for output in data["outputs"]),
+            "states": tuple(_state_from_dict(state) for state in data.get("states", ())),
         }
     )
 

@@ -23,6 +23,9 @@ def check_plan(plan: ModelPlan, model: nn.Module, config: DiffCRConfig) -> None:
     for index, family in enumerate(plan.families):
         _check_family(f"family {index}", family, config)
     _check_sites(plan, model)
+    for index, family in enumerate(plan.later_families):
+        _check_family(f"later family {index}", family, config)
+    _check_later_sites(plan)
     _require(_counts((plan.dense_flops, *plan.family_flops)), "FLOPs are counts")
     _require(len(plan.family_flops) == len(plan.families), "every family has its FLOPs")
     _require(
@@ -63,6 +66,20 @@ def _check_sites(plan: ModelPlan, model: nn.Module) -> None:
             raise ValueError(f"the model has no block {site.fqn!r}")
         _require(type(module).__name__ == family.kind, f"{site.fqn!r} is no {family.kind!r}")
         _require(positional_names(type(module).forward) == family.positional, f"{site.fqn!r} takes other arguments")
+
+
+def _check_later_sites(plan: ModelPlan) -> None:
+    known = {site.fqn: [plan.families[site.family]] for site in plan.sites}
+    for site in plan.later_sites:
+        _require(site.fqn in known, f"{site.fqn!r} was called later, and is not routed")
+        _require(_index(site.family, plan.later_families), f"{site.fqn!r} is of an unknown later family")
+        family, plans = plan.later_families[site.family], known[site.fqn]
+        same = (family.kind, family.positional, family.form) == (plans[0].kind, plans[0].positional, plans[0].form)
+        _require(same, f"{site.fqn!r} has other tokens routed in a later kind of call")
+        _require(
+            all(family.signature != other.signature for other in plans), f"{site.fqn!r} has one plan for a kind of call"
+        )
+        plans.append(family)
 
 
 def _check_family(name: str, plan: BlockPlan, config: DiffCRConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import iterate_leaves, map_leaves, signature_of
-from ..plan import BlockPlan
+from ..plan import Site
 from ..routed import BlockRouting, ModelRouting
 from .analysis import Call, ModelAnalysis, run_passes
 from .block import as_meta
@@ -37,16 +37,19 @@ def plan_new_calls(plain: nn.Module, state: ModelRouting, inputs: dict[str, Any]
     analysis = run_passes((find_blocks,), replace(analysis, calls=calls))
     reasons = {fqn: refusal.reason for refusal in analysis.refusals for fqn in refusal.fqns}
     programs = [write_program(family, state.config) for family in analysis.families]
+    planned = []
     for site in analysis.sites:
         block, program = blocks[site.fqn], programs[site.family]
         if program.plan.signature in block.programs:
             continue
         if len(block.programs) >= MOST_KINDS:
             reasons[site.fqn] = f"it has been analysed for {MOST_KINDS} kinds of call, and no more are kept"
-        elif _form(program.plan) != _form(next(iter(block.programs.values())).plan):
+        elif program.plan.form != next(iter(block.programs.values())).plan.form:
             reasons[site.fqn] = "other tokens would be routed than in the calls that it was analysed for"
         else:
             block.programs = {**block.programs, program.plan.signature: program}
+            planned.append(site)
+    _note(state, analysis, planned)
     _extend_inputs(state, analysis)
     return reasons
 
@@ -57,18 +60,15 @@ def _unknown(calls: tuple[Call, ...], block: BlockRouting | None) -> tuple[Call,
     return tuple(call for call in calls if signature_of(map_leaves(as_meta, call.arguments)) not in known) or calls
 
 
-def _form(plan: BlockPlan) -> Any:
-    """What the plans of one block must share: the stream that its router sees, and the outputs that its memory is of."""
-    outputs = tuple(
-        (
-            output.added,
-            output.batch_axis,
-            None if output.source is None else plan.leaves[output.source].path,
-            (output.dims.index("N"), output.dims[-1]) if output.routed else None,
-        )
-        for output in plan.outputs
+def _note(state: ModelRouting, analysis: ModelAnalysis, planned: list[Site]) -> None:
+    """The model's plan has these sites' families from now on too."""
+    plan, families = state.plan, dict.fromkeys(site.family for site in planned)
+    place = {family: len(plan.later_families) + index for index, family in enumerate(families)}
+    state.plan = replace(
+        plan,
+        later_families=(*plan.later_families, *(analysis.families[family] for family in families)),
+        later_sites=(*plan.later_sites, *(Site(site.fqn, place[site.family]) for site in planned)),
     )
-    return plan.leaves[plan.stream].path, plan.token_axis, plan.batch_axis, plan.width, outputs
 
 
 def _extend_inputs(state: ModelRouting, analysis: ModelAnalysis) -> None:

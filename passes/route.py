@@ -95,6 +95,7 @@ def route_blocks(
     context_graphs: of each family, where they are known already; else each is written at its first forward.
     """
     programs = [write_program(family, state.config) for family in plan.families]
+    later = [write_program(family, state.config) for family in plan.later_families]
     modules = [model.get_submodule(site.fqn) for site in plan.sites]
     reference = next(model.parameters(), None)
     state.plan, state.positional = plan, positional_names(type(model).forward)
@@ -106,12 +107,13 @@ def route_blocks(
     state.rebuild = functools.partial(_rebuild, state.config)
     for index, (site, module) in enumerate(zip(plan.sites, modules, strict=True)):
         program, base = programs[site.family], type(module).forward
+        known = (program, *(later[other.family] for other in plan.later_sites if other.fqn == site.fqn))
         routing = BlockRouting(
             fqn=site.fqn,
             index=index,
             base=base,
             positional=positional_names(base),
-            programs={program.plan.signature: program},
+            programs={program.plan.signature: program for program in known},
             model=state,
             ratios=(0,) * state.num_regions,
         )

@@ -9,10 +9,12 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffcr_compile.passes import new_calls
 from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 
 import diffcr_compile
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
 
 SHAPE = Shape("joint", depth=2, heads=1, head_dim=6)
 INPUTS = tiny_inputs(SHAPE, timestep=torch.tensor([20.0, 500.0, 990.0]))
+MASKED = tiny_inputs(replace(SHAPE, masked=True), timestep=torch.tensor([500.0, 500.0, 500.0]))
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ torch.save(diffcr_compile.load(model, "routing")(**inputs).detach(), "output.pt"
 def test_nothing_is_pickled_and_no_weights_are_stored(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["routers.safetensors", "routing.json"]
     record = json.loads((saved / "routing.json").read_text())
-    assert (record["type"], record["version"]) == ("diffcr_compile.routing", 1)
+    assert (record["type"], record["version"]) == ("diffcr_compile.routing", 2)
     assert (saved / "routers.safetensors").stat().st_size < 1000
 
 
@@ -224,7 +227,7 @@ def truncate(name: str) -> Callable[[Path], None]:
         (lambda path: (path / "routing.json").write_text("[" * 100_000), "routing.json is damaged"),
         (lambda path: (path / "routing.json").write_bytes(b"\xff\xfe\x00"), "routing.json is damaged"),
         (edit(lambda record: record.update(type="cat")), "expected type 'diffcr_compile.routing'"),
-        (edit(lambda record: record.update(version=2)), "version 2, newer than this package knows"),
+        (edit(lambda record: record.update(version=3)), "version 3, newer than this package knows"),
         (edit(lambda record: record.update(fingerprint="0" * 64)), "made for another architecture than this TinyDiT"),
         (edit(lambda record: record.pop("plan")), "damaged: KeyError"),
         (edit(lambda record: record["config"].update(colour=1)), "no option named 'colour'"),
@@ -241,6 +244,85 @@ def test_damage_is_refused(saved: Path, damage: Callable[[Path], None], says: st
         diffcr_compile.load(model, saved)
     assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
     assert same_bits(model(**INPUTS), original(SHAPE)(**INPUTS))
+
+
+@pytest.fixture
+def later(model: TinyDiT, tmp_path: Path) -> Path:
+    """The routing of a model that was called with a mask, once it was analysed without."""
+    model(**MASKED)
+    diffcr_compile.save(model, tmp_path / "later")
+    return tmp_path / "later"
+
+
+def test_kinds_of_call_that_were_met_later_are_saved_too(
+    model: TinyDiT, later: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = diffcr_compile.load(original(SHAPE), later)
+    monkeypatch.setattr(new_calls, "capture_calls", lambda analysis: pytest.fail("a kind of call is analysed again"))
+    for inputs in (INPUTS, MASKED):
+        assert same_bits(other(**inputs), model(**inputs))
+    assert str(diffcr_compile.explain(other)) == str(diffcr_compile.explain(model))
+    assert "met later" in str(diffcr_compile.explain(other))
+    diffcr_compile.save(other, later)
+    again = diffcr_compile.load(original(SHAPE), later)
+    assert same_bits(again(**MASKED), model(**MASKED))
+
+
+def test_a_routing_of_before_they_were_saved_is_loaded(model: TinyDiT, saved: Path) -> None:
+    edit(age)(saved)
+    other = diffcr_compile.load(original(SHAPE), saved)
+    for inputs in (INPUTS, MASKED):
+        assert same_bits(other(**inputs), model(**inputs))
+
+
+def age(record: dict) -> None:  # type: ignore[type-arg]
+    """What the first version wrote."""
+    record["version"] = 1
+    fields = record["plan"]["dict"]
+    fields[:] = [item for item in fields if not item[0].startswith("later")]
+
+
+def change_later(name: str, value: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    """Have the plan's field ``name``, which the record holds as a tagged tuple, be what ``value`` makes of its items."""
+
+    def change(record: dict) -> None:  # type: ignore[type-arg]
+        (field,) = (item for item in record["plan"]["dict"] if item[0] == name)
+        field[1] = {"tuple": value(field[1]["tuple"])}
+
+    return edit(change)
+
+
+def set_in(items: list, name: str, value: object) -> list:  # type: ignore[type-arg]
+    """The first of tagged dictionaries with another value."""
+    first = {"dict": [[key, value if key == name else old] for key, old in items[0]["dict"]]}
+    return [first, *items[1:]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (change_later("later_families", lambda items: []), "of an unknown later family"),
+        (change_later("later_families", lambda items: [1]), "is damaged"),
+        (change_later("later_families", lambda items: set_in(items, "width", 7)), "the width is the stream's"),
+        (change_later("later_families", lambda items: set_in(items, "stream", 9)), "the stream is one of the inputs"),
+        (change_later("later_families", lambda items: set_in(items, "kind", "Other")), "has other tokens routed"),
+        (change_later("later_families", lambda items: set_in(items, "outputs", {"tuple": []})), "is damaged"),
+        (change_later("later_families", lambda items: set_in(items, "signature", {"tuple": []})), "the signature is"),
+        (change_later("later_families", lambda items: set_in(items, "context", "all")), "context was not asked for"),
+        (change_later("later_sites", lambda items: set_in(items, "fqn", "embed")), "was called later, and is not"),
+        (change_later("later_sites", lambda items: set_in(items, "family", -1)), "of an unknown later family"),
+        (change_later("later_sites", lambda items: set_in(items, "family", True)), "of an unknown later family"),
+        (change_later("later_sites", lambda items: [*items, items[0]]), "has one plan for a kind of call"),
+        (change_later("later_sites", lambda items: ["blocks.0"]), "is damaged"),
+        (truncate("routing.json"), "routing.json is damaged"),
+    ],
+)
+def test_damage_to_what_was_met_later_is_refused(later: Path, damage: Callable[[Path], None], says: str) -> None:
+    damage(later)
+    model = original(SHAPE)
+    with pytest.raises(ArtefactError, match=says):
+        diffcr_compile.load(model, later)
+    assert same_snapshot(snapshot(model), snapshot(original(SHAPE)))
 
 
 def test_another_models_routing_is_refused(saved: Path) -> None:

@@ -407,16 +407,23 @@ def test_a_batch_in_several_regions_may_bring_it_later() -> None:
         assert relative_error(model(**mixed), torch.cat(parts)) < TOLERANCE
 
 
-def test_saved_and_loaded_it_is_met_anew(tmp_path: Path) -> None:
-    model, given = build(), inputs(mask=mask_of(BATCH, 1))
+@pytest.mark.parametrize("config", [DiffCRConfig(), DiffCRConfig(context="all")], ids=["kept", "all"])
+def test_saved_and_loaded_it_is_known(config: DiffCRConfig, tmp_path: Path) -> None:
+    model, given = build(config=config), inputs(mask=mask_of(BATCH, 1))
     with torch.no_grad():
         expected = model(**given), model(**inputs())
     diffcr_compile.save(model, tmp_path / "routing")
     other = diffcr_compile.restore(copy.deepcopy(model))
     diffcr_compile.load(other, tmp_path / "routing")
-    assert num_kinds(other) == [1, 1, 1]
+    assert num_kinds(other) == [2, 2, 2]
     with torch.no_grad():
         assert same_bits((other(**given), other(**inputs())), expected)
+    other(**inputs(control=control_of()))
+    diffcr_compile.save(other, tmp_path / "routing")
+    again = diffcr_compile.load(diffcr_compile.restore(copy.deepcopy(model)), tmp_path / "routing")
+    assert num_kinds(again) == [3, 3, 3]
+    with torch.no_grad():
+        assert same_bits(again(**given), expected[0])
 
 
 def test_copied_and_restored() -> None:

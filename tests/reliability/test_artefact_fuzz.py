@@ -314,7 +314,7 @@ def _set(*path: Any, value: Any) -> Callable[[Record], None]:
         pytest.param(_set("config", "colour", value=1), id="an unknown option"),
         pytest.param(_set("type", value="diffcr_compile.calibration"), id="another type"),
         pytest.param(_set("type", value=None), id="no type"),
-        pytest.param(_set("version", value=2), id="a newer version"),
+        pytest.param(_set("version", value=3), id="a newer version"),
         pytest.param(_set("version", value=10**4000), id="a far newer version"),
         pytest.param(_set("version", value="1"), id="a version in words"),
         pytest.param(_set("version", value=None), id="no version"),
