@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..defaults import on_cpu
 from ..errors import UnsupportedError
 from ..routed import ModelRouting
 
@@ -47,7 +48,7 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
     described = vars(model).get("peft_config")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), on_cpu():
             torch.manual_seed(seed)
             tuner = LoraModel(model, config, NAME)
         yield

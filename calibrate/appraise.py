@@ -62,7 +62,8 @@ class TokenMap:
     def masks(self) -> dict[str, Tensor]:
         """By block, bool of the grid's shape: true where it computes the token."""
         return {
-            name: torch.tensor([int(bit, 2) for bit in bits]).bool().view(self.grid) for name, bits in self.kept.items()
+            name: torch.tensor([int(bit, 2) for bit in bits], device="cpu").bool().view(self.grid)
+            for name, bits in self.kept.items()
         }
 
     def pass_shares(self) -> Tensor:
@@ -105,7 +106,7 @@ def map_tokens(model: nn.Module, state: ModelRouting, batch: Batch, context: Any
     known = [size for size in sizes.values() if grids[size] is not None] or list(sizes.values())
     num_tokens = Counter(known).most_common(1)[0][0]
     bits = {
-        fqn: torch.zeros(num_tokens).index_fill_(0, seen.kept[fqn][-1][0], 1.0)
+        fqn: torch.zeros(num_tokens, dtype=torch.float32, device="cpu").index_fill_(0, seen.kept[fqn][-1][0], 1.0)
         for fqn, size in sizes.items()
         if size == num_tokens
     }
@@ -154,4 +155,4 @@ def _as_text(values: Tensor) -> str:
 
 
 def _from_text(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text))) / 255
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.float32, device="cpu") / 255

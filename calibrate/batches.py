@@ -57,8 +57,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
 def drawn(num_batches: int, draw: int, seed: int) -> int:
     """Index of a draw's batch: all of them in a new random order each time round."""
     turn, place = divmod(draw, num_batches)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
-    return int(torch.randperm(num_batches, generator=generator)[place])
+    generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + turn)
+    return int(torch.randperm(num_batches, generator=generator, device="cpu")[place])
 
 
 def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -81,7 +81,7 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -
             return batches
         largest, mixed = max(largest, len(regions)), mixed or len(set(regions)) > 1
         for region in dict.fromkeys(regions):
-            samples = torch.tensor([place for place, found in enumerate(regions) if found == region])
+            samples = torch.tensor([place for place, found in enumerate(regions) if found == region], device="cpu")
             try:
                 part = bind_arguments(names, *pick_samples(model, state, samples, (), batch))
             except UnsupportedError:

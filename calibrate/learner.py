@@ -7,6 +7,7 @@ checkpoint holds. Batches are drawn by step and seed, so that a run that goes on
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..config import CalibrationConfig
 from ..cost import CostModel
+from ..defaults import on_cpu
 from ..errors import ArtefactError, BudgetError, CalibrationError
 from ..latency import latency_to_dict
 from ..learning import learnables, learning
@@ -336,7 +338,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - self.step / self.config.steps)
         norm = _clip(parameters, self.config.max_grad_norm)
-        if not torch.isfinite(torch.tensor([value, norm])).all():
+        if not all(map(math.isfinite, (value, norm))):
             raise CalibrationError(
                 f"the loss is {value:g} and its gradient norm {norm:g} at step {self.step}. Expected finite values: lower the "
                 f"learning rates, or look at the batches. {self._what_is_left()}"
@@ -347,7 +349,8 @@ class Learner:
                 f"learning diverged: at step {self.step} the outputs' squared distance from the dense ones is "
                 f"{statistics.median(recent):.3g} times their square. Lower the learning rates. {self._what_is_left()}"
             )
-        self.optimizer.step()
+        with on_cpu():  # it counts its steps in tensors of its own
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _what_is_left(self) -> str:
@@ -462,7 +465,7 @@ class Learner:
             region_flops=tuple(int(task.flops.row_cost(row)) for row in rows),
             seconds=time.perf_counter() - start,
             budget_kind=task.costs.unit,
-            tables={known: torch.tensor(rows).float() / SCALE for known, rows in self.tables.items()},
+            tables={known: torch.tensor(rows, device="cpu").float() / SCALE for known, rows in self.tables.items()},
             diagnostics=(*remarks, *found),
             scores=scores,
             timestep=state.plan.timestep,

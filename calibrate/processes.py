@@ -54,7 +54,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 def mean_over_processes(value: float) -> float:
     """The mean of a number over the processes."""
-    total = torch.tensor(value, dtype=torch.float64)
+    total = torch.tensor(value, dtype=torch.float64, device="cpu")
     sum_over_processes([total])
     return float(total) / num_processes()
 

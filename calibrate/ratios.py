@@ -23,7 +23,7 @@ class BudgetedRatios:
     def __init__(self, masters: Tensor, costs: CostModel, learning_rate: float) -> None:
         self.masters, self.costs, self.learning_rate = masters, costs, learning_rate
         self.gradient = torch.zeros_like(masters, requires_grad=False)
-        dense = torch.tensor([float(block.dense) for block in costs.blocks])
+        dense = torch.tensor([float(block.dense) for block in costs.blocks], dtype=torch.float32, device="cpu")
         self.savings = (dense / dense.max()).expand_as(masters)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ MOST_WRITTEN = 20
 LONGEST_NAME = 20
 """Characters of a block's name, from its end, that are written over a token map."""
 
-SKIPPED = torch.tensor([0.55, 0.16, 0.20])
+SKIPPED = torch.tensor([0.55, 0.16, 0.20], dtype=torch.float32, device="cpu")
 """Colour laid over skipped tokens."""
 
 Histograms = tuple[tuple[float, float, tuple[int, ...]], ...]
@@ -175,8 +175,8 @@ class CalibrationReport:
             raise ValueError(
                 f"expected type {TYPE!r} of version {VERSION} or older, found {kind!r} of version {version!r}"
             )
-        data["table"] = torch.tensor(data["table"])
-        data["tables"] = {float(budget): torch.tensor(table) for budget, table in data["tables"]}
+        data["table"] = _read_table(data["table"])
+        data["tables"] = {float(budget): _read_table(table) for budget, table in data["tables"]}
         data["timestep"] = None if data["timestep"] is None else TimestepPlan(*data["timestep"])
         data["errors"], data["uniform"] = dict(data.get("errors", ())), dict(data.get("uniform", ()))
         data["tokens"] = tuple(TokenMap.from_dict(one) for one in data.get("tokens", ()))
@@ -259,11 +259,15 @@ class CalibrationReport:
         """One histogram a block, each over its own range."""
         axes.set(xlabel="score, from lowest to highest", ylabel="block", title="router scores")
         if self.scores:
-            counts = torch.tensor([counts for _, _, counts in self.scores], dtype=torch.float64)
+            counts = torch.tensor([counts for _, _, counts in self.scores], dtype=torch.float64, device="cpu")
             shares = counts / counts.amax(dim=1, keepdim=True).clamp(min=1)
             axes.imshow(
                 shares.numpy(), aspect="auto", cmap="viridis", origin="lower", extent=(0, 1, -0.5, len(counts) - 0.5)
             )
+
+
+def _read_table(rows: Any) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def draw_table(axes: Any, table: Tensor) -> None:
@@ -307,7 +311,7 @@ def draw_tokens(figure: Any, maps: Sequence[TokenMap]) -> None:
 
 def _tinted(kept: Tensor, picture: Tensor | None) -> Tensor:
     """The picture in colours (height, width, 3), the tokens that are not kept (bool, of another size) under a tint."""
-    grey = torch.full(kept.shape, 0.7) if picture is None else picture
+    grey = torch.full(kept.shape, 0.7, dtype=torch.float32, device="cpu") if picture is None else picture
     mask = torch.nn.functional.interpolate(kept[None, None].float(), size=grey.shape)[0, 0].unsqueeze(-1)
     grey = grey.unsqueeze(-1)
     return mask * (0.25 + 0.75 * grey) + (1 - mask) * (0.45 * grey + SKIPPED * (1 - 0.45 * grey))

@@ -68,9 +68,9 @@ class _Meter:
         self.module = model.get_submodule(block.fqn)
         self.regions: list[int] = [0]
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64) / SCALE
-        self.total = torch.zeros(state.num_regions, len(self.ratios), dtype=torch.float64)
-        self.count = torch.zeros(state.num_regions, dtype=torch.float64)
+        self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64, device="cpu") / SCALE
+        self.total = torch.zeros(state.num_regions, len(self.ratios), dtype=torch.float64, device="cpu")
+        self.count = torch.zeros(state.num_regions, dtype=torch.float64, device="cpu")
 
     def mean(self) -> Tensor:
         """(num_regions, bins); a region without forwards takes the mean of the others."""
@@ -99,9 +99,9 @@ class _Meter:
 
     def _add(self, errors: Tensor) -> None:
         """errors: (B, bins)."""
-        regions = torch.tensor(self.regions).expand(len(errors))
+        regions = torch.tensor(self.regions, device="cpu").expand(len(errors))
         self.total.index_add_(0, regions, errors.cpu())
-        self.count.index_add_(0, regions, torch.ones(len(errors), dtype=torch.float64))
+        self.count.index_add_(0, regions, torch.ones(len(errors), dtype=torch.float64, device="cpu"))
 
     def _omitted(self, update: Tensor, scores: Tensor) -> Tensor:
         """Mean square, over all tokens, of the updates that are left out at each ratio."""

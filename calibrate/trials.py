@@ -82,8 +82,8 @@ def propose_tables(
     worst = int(suffering[list(visited)].mean(dim=(0, 2)).argmax())
     spared = [0 if block == worst else SCALE for block in range(num_blocks)]
     needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
-    evenly = torch.ones(len(visited), dtype=torch.float64)
-    late = 0.5 + torch.linspace(0, 1, len(visited), dtype=torch.float64)
+    evenly = torch.ones(len(visited), dtype=torch.float64, device="cpu")
+    late = 0.5 + torch.linspace(0, 1, len(visited), dtype=torch.float64, device="cpu")
     proposed = {
         "block by block": _by_blocks(suffering, visited, weights, costs, budget, tolerance),
         "uniform": _uniform(skipped, len(visited), share, budget),
@@ -101,7 +101,7 @@ def propose_tables(
 def _neighbours(visited: Sequence[int], num_regions: int) -> Tensor:
     """For each region the place in ``visited`` of the nearest region there, above, below or either way: as gives the steps the most
     equal parts of the range, whatever end of its interval a sampler takes for a step."""
-    distance = torch.arange(num_regions).unsqueeze(1) - torch.tensor(list(visited))
+    distance = torch.arange(num_regions, device="cpu").unsqueeze(1) - torch.tensor(list(visited), device="cpu")
     far = num_regions * 2
     ways = (
         distance.abs(),
@@ -116,7 +116,7 @@ def _neighbours(visited: Sequence[int], num_regions: int) -> Tensor:
 
 def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
     """Which of the steps visited are skipped whole: at least ``needed`` of their weight, spread evenly by ``density``."""
-    may = torch.ones(len(weights), dtype=torch.float64)
+    may = torch.ones(len(weights), dtype=torch.float64, device="cpu")
     may[:NUM_DENSE] = 0
     density = density * may
     density = density * needed / max(float((density * weights).sum()), 1e-12)
@@ -152,7 +152,9 @@ def _by_blocks(
     """The table of the visited regions, in a few groups of equal rows, that suffers least; the first step is dense."""
     first, others = [0], list(range(1, len(visited)))
     groups = (
-        [group.tolist() for group in torch.tensor(others).tensor_split(min(MOST_GROUPS, len(others)))] if others else []
+        [group.tolist() for group in torch.tensor(others, device="cpu").tensor_split(min(MOST_GROUPS, len(others)))]
+        if others
+        else []
     )
     groups = [first, *groups] if groups else [first]
     means = torch.stack([suffering[[visited[place] for place in group]].mean(dim=0) for group in groups])

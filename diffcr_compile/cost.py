@@ -123,11 +123,11 @@ class CostModel:
 
         masters: (num_regions, num_blocks) in [0, 1].
         """
-        at_bins = torch.tensor([[block.at(ratio) for ratio in range(0, SCALE + 1, BIN)] for block in self.blocks])
-        at_bins = at_bins.double() / self.dense
+        rows = [[block.at(ratio) for ratio in range(0, SCALE + 1, BIN)] for block in self.blocks]
+        at_bins = torch.tensor(rows, dtype=torch.float32, device="cpu").double() / self.dense
         position = masters.double() * (SCALE / BIN)
         lower = (position.detach() + 1e-5).floor().clamp(0, SCALE // BIN - 1)
-        columns = torch.arange(len(self.blocks))
+        columns = torch.arange(len(self.blocks), device="cpu")
         low, high = at_bins[columns, lower.long()], at_bins[columns, lower.long() + 1]
         spent = (low + (position - lower) * (high - low)).sum(dim=1).mean()
         return (spent + self.fixed / self.dense).float()
@@ -267,7 +267,7 @@ def _memory(block: BlockRouting, call: tuple[Any, Any]) -> int:
     if config.skip != "reuse":
         return 0
     program, values = block.read_call(*call)
-    now = torch.zeros(1, device=values[program.plan.stream].device)
+    now = torch.zeros(1, dtype=torch.float32, device=values[program.plan.stream].device)
     return allocate(program.plan, values, config, now, now).nbytes
 
 

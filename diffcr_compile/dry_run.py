@@ -82,7 +82,8 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
     """Context for a forward of a shadow: no gradients, the global generators put back, fake tensors if asked for, nothing compiled
     (flex attention compiles itself); ``watched``: torch's own layers show their parts, which they else may run fused.
 
-    Fake tensors are all on one device, the shadow's too, wherever offload has put the weights (their values may be nowhere).
+    Fake tensors are all on one device, the shadow's too, wherever offload has put the weights (their values may be nowhere); and so
+    is what the forward makes on the meta device by default.
     Yields the function that turns a leaf of the inputs (real, or a description on the meta device) into one to run with.
     """
     devices = [tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
@@ -97,7 +98,15 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if leaf.is_meta and devices else leaf
 
     unfused = _Unfused() if watched else contextlib.nullcontext()
-    with force_eager(), torch.random.fork_rng(devices=[]), torch.no_grad(), mode or contextlib.nullcontext(), unfused:
+    there = device if torch.get_default_device().type == "meta" else contextlib.nullcontext()
+    with (
+        force_eager(),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        mode or contextlib.nullcontext(),
+        unfused,
+        there,
+    ):
         if fake:
             _gather_on(device, model)
         yield convert

@@ -188,7 +188,10 @@ class _Guess:
             return [_full(1)]
         if name.endswith("ids"):
             length = self.text if name.startswith(("txt", "text")) else image
-            return [lambda device: torch.zeros(length, self.axes, device=device), _full(0.0, length, self.axes)]
+            return [
+                lambda device: torch.zeros(length, self.axes, dtype=torch.float32, device=device),
+                _full(0.0, length, self.axes),
+            ]
         if "mask" in name:
             return [_full(True, length) for length in (self.text, image, self.text + image)]
         vectors, sequences = ([_normal(*axis, width) for width in self.widths] for axis in ((), (self.text,)))
@@ -198,11 +201,13 @@ class _Guess:
 def _normal(*shape: int) -> Make:
     def make(device: torch.device) -> Tensor:
         if device.type == "meta":
-            return torch.empty(BATCH, *shape, device=device)
-        return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
+            return torch.empty(BATCH, *shape, dtype=torch.float32, device=device)
+        generator = torch.Generator("cpu").manual_seed(sum(shape))
+        return torch.randn(BATCH, *shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
     return make
 
 
 def _full(value: float, *shape: int) -> Make:
-    return lambda device: torch.full((BATCH, *shape), value, device=device)
+    dtype = torch.float32 if isinstance(value, float) else None
+    return lambda device: torch.full((BATCH, *shape), value, dtype=dtype, device=device)

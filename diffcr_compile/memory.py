@@ -56,9 +56,9 @@ def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Ten
         if output.routed:
             width = int(output.dims[-1])
             updates.append(stream.new_zeros(num_updates, batch * num_tokens, width, dtype=dtype))
-    times = torch.zeros(num_updates, batch, num_tokens, device=stream.device)
-    age = torch.zeros(batch, num_tokens, device=stream.device)
-    degree = torch.tensor(float(config.extrapolation), device=stream.device)
+    times = torch.zeros(num_updates, batch, num_tokens, dtype=torch.float32, device=stream.device)
+    age = torch.zeros(batch, num_tokens, dtype=torch.float32, device=stream.device)
+    degree = torch.tensor(float(config.extrapolation), dtype=torch.float32, device=stream.device)
     context = tuple(stream.new_zeros(shape, dtype=dtype) for shape in _context_shapes(plan, values))
     return Memory(tuple(updates), times, age, rank, now, degree, context)
 
@@ -84,7 +84,8 @@ def blank(plan: BlockPlan, values: list[Any]) -> Memory:
     """Memory that foretells nothing, for a forward outside any trajectory: its skipped tokens bypass the block."""
     num_tokens, device = values[plan.stream].shape[plan.token_axis], values[plan.stream].device
     config = DiffCRConfig(skip="reuse", extrapolation=0)
-    return allocate(plan, values, config, torch.zeros(num_tokens, device=device), torch.zeros(1, device=device))
+    rank, now = (torch.zeros(size, dtype=torch.float32, device=device) for size in (num_tokens, 1))
+    return allocate(plan, values, config, rank, now)
 
 
 def fits(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> bool:
@@ -135,7 +136,7 @@ def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_
 
 def foretell(updates: list[Tensor], times: Tensor, now: Tensor) -> Tensor:
     """What updates (B, N, D), newest first, made at ``times`` (H, B, N) or so, foretell for the timestep ``now`` (1,) or (B,)."""
-    weights = _weights(times, now.unsqueeze(-1), torch.tensor(len(times) - 1, dtype=times.dtype))
+    weights = _weights(times, now.unsqueeze(-1), torch.tensor(len(times) - 1, dtype=times.dtype, device=times.device))
     parts = (
         update if weight is None else weight.unsqueeze(-1) * update
         for update, weight in zip(updates, weights, strict=True)

@@ -67,9 +67,12 @@ class _Choice:
 
     def __init__(self, limit: int, model: nn.Module) -> None:
         self.limit, self.model = limit, model
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.seen: dict[int, int] = {}
         self.kept: list[int] = []
+
+    def _draw(self, below: int) -> int:
+        return int(torch.randint(below, (1,), generator=self.generator, device="cpu"))
 
     def admits(self, batches: Recording, bound: dict[str, Any]) -> bool:
         """Whether this call is kept; what it takes the place of is dropped from ``batches``."""
@@ -81,9 +84,9 @@ class _Choice:
             fullest = max(counts, key=lambda known: (counts[known], known))
             if counts[fullest] > len(mine) + 1:  # a region that is short of calls takes from the one that has most
                 mine = [place for place, known in enumerate(self.kept) if known == fullest]
-            elif not mine or int(torch.randint(self.seen[region], (1,), generator=self.generator)) >= len(mine):
+            elif not mine or self._draw(self.seen[region]) >= len(mine):
                 return False
-            dropped = mine[int(torch.randint(len(mine), (1,), generator=self.generator))]
+            dropped = mine[self._draw(len(mine))]
             del self.kept[dropped]
             batches.drop(dropped)
         self.kept.append(region)

@@ -88,7 +88,7 @@ def write_batch(file: Path, batch: Batch) -> None:
             f"this call can't be written to a file: {error}. Record without a folder, which keeps calls in memory as they are."
         ) from error
     header = {"structure": structure, "others": values, "leaves": str(len(leaves))}
-    save_file(tensors or {"none": torch.zeros(0)}, file, metadata=header)
+    save_file(tensors or {"none": torch.zeros(0, dtype=torch.float32, device="cpu")}, file, metadata=header)
 
 
 def read_batch(file: Path) -> Batch:

@@ -127,7 +127,8 @@ def group_samples(state: ModelRouting, regions: list[int]) -> dict[int, Tensor]:
             f"timestep regions {regions}. Give both halves the same timesteps, or transform with guidance='separate'."
         )
     return {
-        region: torch.tensor([i for i, r in enumerate(regions) if r == region]) for region in dict.fromkeys(regions)
+        region: torch.tensor([i for i, r in enumerate(regions) if r == region], device="cpu")
+        for region in dict.fromkeys(regions)
     }
 
 

@@ -29,7 +29,7 @@ class Router(nn.Module):
         super().__init__()
         seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7])
         generator = torch.Generator("cpu").manual_seed(seed)
-        start = torch.randn(width, generator=generator, device="cpu") * width**-0.5
+        start = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu") * width**-0.5
         if num_regions is not None:
             start = start.repeat(num_regions, 1)
         with torch.inference_mode(False):  # it learns later, wherever the blocks were looked for

@@ -73,7 +73,7 @@ def _as_table(values: Any) -> Tensor:
 
 def read_table(state: ModelRouting) -> Tensor:
     """The blocks' integers as a float32 table."""
-    return torch.tensor([block.ratios for block in state.blocks]).T.float() / SCALE
+    return torch.tensor([block.ratios for block in state.blocks], device="cpu").T.float() / SCALE
 
 
 def write_table(state: ModelRouting, rows: list[list[int]]) -> None:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .arguments import Path
 from .config import DiffCRConfig
+from .defaults import on_cpu
 from .errors import UnsupportedError
 from .memory import Memory, allocate, fits, writable
 from .plan import BlockPlan
@@ -37,7 +38,7 @@ class Trajectory:
     memories: by (slot, block). fills: every block remembers, even one that skips nothing yet: a forward is to learn from it.
     """
 
-    now: Tensor = field(default_factory=lambda: torch.zeros(1))
+    now: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float32, device="cpu"))
     degree: float = 0.0
     grid: tuple[int, ...] = ()
     slot: int = 0
@@ -87,7 +88,9 @@ class Trajectory:
         self.first = first
 
     def _arrive(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
-        self.now = torch.as_tensor(timestep).detach().float()
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
+        self.now = timestep.detach().float()
         self.now = self.now.flatten(1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
         self.grid = grid
         self._recalled.clear()
@@ -146,7 +149,9 @@ class Trajectory:
 
     def _at_present(self, memory: Memory) -> Memory:
         device = memory.age.device
-        return memory._replace(now=self.now.to(device), degree=torch.tensor(self.degree, device=device))
+        return memory._replace(
+            now=self.now.to(device), degree=torch.tensor(self.degree, dtype=torch.float32, device=device)
+        )
 
     def _rank(self, num_tokens: int, device: torch.device) -> Tensor:
         key = (num_tokens, self.grid, device)
@@ -168,6 +173,7 @@ def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> int:
     return signs.pop() if len(signs) == 1 else 2
 
 
+@on_cpu()
 def interleaved_rank(num_tokens: int, grid: tuple[int, ...]) -> Tensor:
     """Order in which to keep the tokens so that any run of it covers the picture evenly: float32 (N,) in [0, 1).
 

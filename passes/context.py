@@ -38,6 +38,7 @@ from torch.export import ExportedProgram
 from .. import primitives
 from ..arguments import map_leaves
 from ..context import ContextGraph
+from ..defaults import on_cpu
 from ..plan import BlockPlan, StatePlan
 from ..settings import setting
 from .analysis import Call, Refused, TensorInfo, describe, log
@@ -54,6 +55,7 @@ _QUERY_FIRST = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.def
 """Products with the position of the factor whose rows are queries, or attention weights; what follows it is keys or values."""
 
 
+@on_cpu()
 def prove_context(block: BlockAnalysis) -> BlockAnalysis:
     """Where the configuration asks for context from every token: fill in ``context_graph`` and the plan's context, or the reason
     why not.
@@ -83,6 +85,7 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
         return replace(block, plan=replace(plan, context_note=note))
 
 
+@on_cpu()
 def prove_same_context(block: BlockAnalysis) -> None:
     """Refuses a block for which the graph of the one it is a neighbour of, whose analysis it carries, is not right: an export
     writes the numbers that a module holds into the graph."""
@@ -121,7 +124,8 @@ def _rebuild(
         raise Refused("its keys and values have other shapes than those that are remembered")
     if proved and not any(part.training for part in module.modules()):
         try:
-            Trial(replace(block, module=duplicate(block))).check_context(plan, graph)
+            with on_cpu():
+                Trial(replace(block, module=duplicate(block))).check_context(plan, graph)
         except Exception as error:  # whatever the block's code does
             raise Refused(first_line(error)) from error
     return graph

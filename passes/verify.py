@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..arguments import iterate_leaves, map_leaves, unbind_arguments
 from ..config import DiffCRConfig
 from ..context import ContextGraph
+from ..defaults import on_cpu
 from ..memory import Memory, allocate, remember_all_context
 from ..plan import BlockPlan, LeafPlan, Lift
 from ..primitives import place_indices, put_tokens, score_tokens, select_tokens, take_tokens
@@ -55,6 +56,7 @@ MASK_DENSITY = 0.8
 """Share of true entries in the masks of the proof."""
 
 
+@on_cpu()
 def prove_block(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``plan``: the first form of lifting that the proof accepts. Refuses the block where none does.
 
@@ -122,7 +124,7 @@ class Trial:
 
     def __init__(self, block: BlockAnalysis) -> None:
         self.block = block
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.module = randomised_copy(block.module, self.generator)
         self.batch = BATCH if block.fixed_batch != BATCH else BATCH + 1
         self._draw(self.batch, self._within(block.token, NUM_TOKENS))
@@ -181,12 +183,12 @@ class Trial:
             return leaf
         shape = [int(size.subs(self.sizes)) for size in self.block.leaf_dims[index]]
         if leaf.dtype.is_complex:
-            angles = torch.rand(shape, generator=self.generator) * 2 * torch.pi
-            return torch.polar(torch.ones(shape), angles)
+            angles = self._uniform(shape) * 2 * torch.pi
+            return torch.polar(torch.ones_like(angles), angles)
         if leaf.dtype.is_floating_point:
-            return torch.randn(shape, generator=self.generator)
+            return self._normal(*shape)
         if leaf.dtype == torch.bool:
-            return torch.rand(shape, generator=self.generator) < MASK_DENSITY
+            return self._uniform(shape) < MASK_DENSITY
         if leaf.value is None:
             return torch.zeros(shape, dtype=leaf.dtype)
         if self.any_integer:
@@ -194,6 +196,12 @@ class Trial:
         pool = leaf.value.flatten().cpu()
         picks = torch.randint(len(pool), (int(torch.tensor(shape).prod()),), generator=self.generator)
         return pool[picks].reshape(shape)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32)
+
+    def _uniform(self, shape: list[int]) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32)
 
     def check_permutation(self, plan: BlockPlan) -> None:
         """The block on permuted tokens gives the permuted result."""
@@ -259,7 +267,7 @@ class Trial:
     def check_program(self, plan: BlockPlan) -> float:
         """The program at batch three equals the per-sample loop; returns the largest relative error."""
         program = write_program(plan, DiffCRConfig())
-        weight = torch.randn(plan.width, generator=self.generator)
+        weight = self._normal(plan.width)
         stream = self.values[plan.stream]
         kept = select_tokens(score_tokens(stream, weight, plan.token_axis, plan.batch_axis), NUM_KEPT)
         if len({tuple(row) for row in kept.tolist()}) != self.batch:
@@ -294,7 +302,7 @@ class Trial:
         stale = plan.context == "stale"
         config = DiffCRConfig(skip="reuse", context="stale", selection="score") if stale else DiffCRConfig()
         program = write_program(plan, config)
-        weight = torch.randn(plan.width, generator=self.generator)
+        weight = self._normal(plan.width)
         own = graph.on(weight.device)
         memory = self._remember(plan, own, config, self.values) if stale else None
         routed, kept = program(own.bind(self.module), weight, NUM_KEPT, self.values, memory)
@@ -313,7 +321,7 @@ class Trial:
 
     def _remember(self, plan: BlockPlan, graph: ContextGraph, config: DiffCRConfig, values: list[Any]) -> Memory:
         """Memory of a dense call on ``values``, which is to give the block's own bits."""
-        rank, now = torch.zeros(self.num_tokens), torch.zeros(1)
+        rank, now = (torch.zeros(size, dtype=torch.float32) for size in (self.num_tokens, 1))
         memory = allocate(plan, values, config, rank, now)
         if plan.states:
             tensors = [_clone(value) for value, leaf in zip(values, plan.leaves, strict=True) if leaf.is_tensor]
@@ -418,11 +426,11 @@ def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
             if parameter.ndim >= 2:
                 parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5, generator=generator)
             else:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.copy_(0.2 * noise + parameter.abs().clamp(max=1.0))
         for buffer in duplicate.buffers():
             if buffer.dtype.is_floating_point and buffer.numel() and bool((buffer == buffer.flatten()[0]).all()):
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+                buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float32) + 0.5)
     return duplicate.requires_grad_(False)
 
 
