@@ -29,7 +29,7 @@ def two_bin(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwa
     the ratio is <dL/dout, upper - lower> / width everywhere.
     """
     low, high, weight = _place(routing)
-    own, remembered = _own_tokens(routing, args, kwargs), _look(routing, args, kwargs) if low else None
+    own, remembered = routing.own_tokens(args, kwargs), _look(routing, args, kwargs) if low else None
     lower = _run(module, routing, low, *own, remembered)
     upper = _run(module, routing, high, args, kwargs, _look(routing, args, kwargs))
     others = iter([leaf for _, leaf in iterate_leaves(upper) if isinstance(leaf, Tensor)])
@@ -79,7 +79,7 @@ def single_pass(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...],
         program.fallback(index, values, memory) if output.routed or skips_all else None
         for index, output in enumerate(plan.outputs)
     ]
-    output = _run(module, routing, low, *_own_tokens(routing, args, kwargs), recalled if low else None)
+    output = _run(module, routing, low, *routing.own_tokens(args, kwargs), recalled if low else None)
     places = iter(zip(plan.outputs, before, strict=True))
 
     def fade(_: Any, leaf: Any) -> Any:
@@ -137,12 +137,3 @@ def _place(routing: BlockRouting) -> tuple[int, int, Tensor]:
     master = masters[routing.model.region(), routing.index]
     low, high = neighbour_bins(float(master.detach()))
     return low, high, (master - low / SCALE) * (SCALE / BIN)
-
-
-def _own_tokens(
-    routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call, on a copy of its tensors where the block writes into its tokens and they are needed afterwards."""
-    if not any(program.plan.in_place for program in routing.programs.values()):
-        return args, kwargs
-    return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))

@@ -144,7 +144,16 @@ def watch_calls(
     after: Callable[..., object] | None = None,
 ) -> Iterator[None]:
     """Inside, every call of a routed block is shown to ``before(block, args, kwargs)`` as it comes in, and to
-    ``after(block, args, kwargs, output)`` once it has run; those of a copy, in which a new kind of call is looked at, are not."""
+    ``after(block, args, kwargs, output)``, as it came in too, once it has run; those of a copy, in which a new kind of call is
+    looked at, are not."""
+    under_way: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(block: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        under_way.append(block.own_tokens(args, kwargs))
+
+    def finish(block: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert after is not None
+        after(block, *under_way.pop(), output)
 
     def show(observe: Callable[..., object], block: BlockRouting, watched: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, *call: Any) -> None:
@@ -159,7 +168,8 @@ def watch_calls(
         if before is not None:
             handles.append(module.register_forward_pre_hook(show(before, block, module), with_kwargs=True))
         if after is not None:
-            handles.append(module.register_forward_hook(show(after, block, module), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(show(keep, block, module), with_kwargs=True))
+            handles.append(module.register_forward_hook(show(finish, block, module), with_kwargs=True))
     try:
         yield
     finally:

@@ -381,6 +381,12 @@ class BlockRouting(_Whole):
         bound = bind_arguments(self.positional, args, kwargs)
         return self.program(bound), given_leaves(bound)
 
+    def own_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call, on a copy of its tensors where the block writes into its tokens and they are needed afterwards."""
+        if not any(program.plan.in_place for program in self.programs.values()):
+            return args, kwargs
+        return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
     def _analysed(self, bound: dict[str, Any]) -> Program:
         """The program for a new kind of call, planned in the middle of the model's forward that makes it."""
         signature, state = signature_of(bound), self.model

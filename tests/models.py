@@ -408,3 +408,18 @@ def same_snapshot(left: Any, right: Any) -> bool:
         and list(left[1]) == list(right[1])
         and all(torch.equal(value, right[1][name]) for name, value in left[1].items())
     )
+
+
+class _InPlaceStream(Stream):
+    def finish(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        gate1, scale, shift, gate2 = parts
+        x.add_(gate1 * self.out(attended))
+        return x.add_(gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift))
+
+
+def written_in_place(shape: Shape) -> TinyDiT:
+    """A plain model whose blocks write into their tokens, with the weights of ``original``."""
+    model = original(shape)
+    for block in model.blocks:
+        block.stream.__class__ = _InPlaceStream
+    return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffcr_compile.calibration.sensitivity import measure_suffering
-from models import Shape, original, tiny_inputs
-from torch import Tensor
+from models import Shape, original, tiny_inputs, written_in_place
+from torch import Tensor, nn
 
 import diffcr_compile
 from diffcr_compile.routed import STATE, ModelRouting
@@ -17,9 +19,15 @@ PLAIN = Shape("plain", depth=2, heads=1, head_dim=6)
 STEPS = tuple(float(step) for step in range(975, 0, -50))
 
 
-def measure(skip: str, steps: tuple[float, ...] = STEPS, change: float = 1.0, **options: object) -> Tensor:
+def measure(
+    skip: str,
+    steps: tuple[float, ...] = STEPS,
+    change: float = 1.0,
+    build: Callable[[Shape], nn.Module] = original,
+    **options: object,
+) -> Tensor:
     """Suffering (regions, blocks, bins) along a trajectory whose tokens grow by ``change`` times the timestep's share."""
-    model = original(PLAIN)
+    model = build(PLAIN)
     config = diffcr_compile.DiffCRConfig(skip=skip, num_regions=2, **options)  # type: ignore[arg-type]
     diffcr_compile.transform(model, config, example_inputs=tiny_inputs(PLAIN))
     state: ModelRouting = model.__dict__[STATE]
@@ -40,6 +48,11 @@ def test_nothing_skipped_costs_nothing_and_more_costs_more(skip: str) -> None:
     assert bool((suffering[..., 8] > suffering[..., 1]).all())
     if skip == "identity":
         assert bool((suffering.diff(dim=-1) >= 0).all())
+
+
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+def test_blocks_that_write_into_their_tokens_suffer_as_others_do(skip: str) -> None:
+    assert torch.equal(measure(skip, build=written_in_place), measure(skip))
 
 
 def test_what_does_not_change_costs_reuse_nothing() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffcr_compile.calibration.warm_start import RIDGE, fit_routers
-from models import Shape, original, routed, run_routed, same_bits, tiny_inputs
+from models import Shape, original, routed, run_routed, same_bits, tiny_inputs, written_in_place
 from torch import Tensor
 
 import diffcr_compile
@@ -49,6 +49,16 @@ def test_it_is_the_ridge_regression(kind: str) -> None:
         expected = vector / (x @ vector).square().mean().sqrt()
         # the block's updates are computed in float32
         assert torch.allclose(block.diffcr_router.weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_that_write_into_their_tokens_are_seen_as_others_are() -> None:
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, other = routed(shape), diffcr_compile.transform(written_in_place(shape), example_inputs=tiny_inputs(shape))
+    assert all(family.in_place for family in routing_of(other).plan.families)
+    for one in (model, other):
+        fit_routers(one, routing_of(one), batches(shape))
+    for block, expected in zip(other.blocks, model.blocks, strict=True):
+        assert torch.equal(block.diffcr_router.weight, expected.diffcr_router.weight)
 
 
 def test_nothing_else_changes() -> None:
