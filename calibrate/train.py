@@ -19,7 +19,7 @@ from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables
 from ..lower import Lowered, unlowered
 from ..routed import ROUTER, ModelRouting, router_weight, settle
-from ..sharding import local
+from ..sharding import local, stay_sharded
 from ..table import write_table
 from ..unwrap import unwrap
 from .adapters import low_rank
@@ -85,21 +85,22 @@ def calibrate(
     _check_types(loss, config)
     budgets = _check_budgets(budget)
     read = read_batches(batches)
-    inputs = to_device(model, read[0] if loss is None else model_inputs(model, read[0]))
-    state = settle(model, inputs)
-    config = config or CalibrationConfig(preset="training-free" if state.config.skip == "reuse" else "default")
-    _check_task(budgets, config, loss, checkpoint)
-    _check_weights(model, config)
-    flops = of_first_process(measure_costs(model, inputs))
-    kept = None
-    if checkpoint is not None:
-        kept = Checkpoint(checkpoint, _settings(model, state, budgets, config, read, loss is None))
-    task = Task(budgets, _costs(model, inputs, flops, config, kept), flops, loss, config)
-    for share in budgets:
-        check_reachable(task.costs, share)
-    learned = _weights_that_learn(model, config)
-    with _as_before(model, state, learned) as lowered, _trainable(model, state, config):
-        return Learner(model, state, read, task, kept, lowered).execute()
+    with stay_sharded(model):
+        inputs = to_device(model, read[0] if loss is None else model_inputs(model, read[0]))
+        state = settle(model, inputs)
+        config = config or CalibrationConfig(preset="training-free" if state.config.skip == "reuse" else "default")
+        _check_task(budgets, config, loss, checkpoint)
+        _check_weights(model, config)
+        flops = of_first_process(measure_costs(model, inputs))
+        kept = None
+        if checkpoint is not None:
+            kept = Checkpoint(checkpoint, _settings(model, state, budgets, config, read, loss is None))
+        task = Task(budgets, _costs(model, inputs, flops, config, kept), flops, loss, config)
+        for share in budgets:
+            check_reachable(task.costs, share)
+        learned = _weights_that_learn(model, config)
+        with _as_before(model, state, learned) as lowered, _trainable(model, state, config):
+            return Learner(model, state, read, task, kept, lowered).execute()
 
 
 def _check_types(loss: object, config: object) -> None:

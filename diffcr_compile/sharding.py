@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the model or a part of it."""
+    return bool(_sharded_parts(model))
+
+
+def _sharded_parts(model: nn.Module) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+
+
+@contextlib.contextmanager
+def stay_sharded(model: nn.Module) -> Iterator[None]:
+    """Inside and afterwards the parameters of a sharded model are its shards. A forward leaves those of the root whole, with other
+    tensors in their place, until a backward: one without gradients for good."""
+    parts = _sharded_parts(model)
+
+    def reshard() -> None:
+        for part in parts:
+            part.reshard()
+
+    def reshard_after(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            reshard()
+
+    reshard()
+    try:
+        with model.register_forward_hook(reshard_after) if parts else contextlib.nullcontext():
+            yield
+    finally:
+        reshard()
 
 
 def is_shard(tensor: Tensor) -> bool:

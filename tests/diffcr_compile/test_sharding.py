@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import Shape, original, routed, tiny_inputs
+from models import Shape, original, routed, same_bits, tiny_inputs
 from torch import nn
 
 import diffcr_compile
 from diffcr_compile import CaptureError
 from diffcr_compile.cost import measure_costs
-from diffcr_compile.sharding import is_shard, is_sharded, like, whole
+from diffcr_compile.sharding import is_shard, is_sharded, like, stay_sharded, whole
 
 
 def test_importing_the_package_imports_nothing_of_fsdp() -> None:
@@ -81,6 +81,53 @@ def test_a_model_sharded_before_it_was_measured_says_what_to_do(mesh: Any) -> No
     model.__dict__["_diffcr"].costs = model.__dict__["_diffcr"].measured = None
     with pytest.raises(CaptureError, match="Before fully_shard, call"):
         diffcr_compile.cost(model, tiny_inputs(shape))
+
+
+def test_a_model_stays_sharded_through_forwards_without_gradients(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, inputs = fully_shard(routed(shape), mesh=mesh), tiny_inputs(shape)
+
+    def run() -> bool:
+        with torch.no_grad():
+            model(**inputs)
+        return all(map(is_shard, model.parameters()))
+
+    assert not run(), "torch leaves the root whole"
+    with stay_sharded(model):
+        assert all(map(is_shard, model.parameters()))
+        assert run()
+        model(**inputs).sum().backward()
+        assert run()
+    assert all(map(is_shard, model.parameters()))
+    assert not run()
+
+
+@pytest.mark.parametrize("parts", ["root", "blocks and root"])
+def test_a_sharded_model_that_has_run_learns_as_one_that_has_not(mesh: Any, parts: str) -> None:
+    """torch leaves the root whole after a forward: what it holds then are other tensors than those that learn."""
+    from torch.distributed.fsdp import fully_shard
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    batches = [tiny_inputs(shape, num_tokens=40, seed=seed, timestep=step) for seed, step in enumerate((20.0, 900.0))]
+    config, found = diffcr_compile.CalibrationConfig(steps=4, learning_rate=1e-2), []
+    for sharded, runs in ((False, False), (True, False), (True, True)):
+        model = routed(shape)
+        diffcr_compile.cost(model, batches[0])
+        if sharded:
+            for block in model.blocks if parts == "blocks and root" else ():
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        if runs:
+            with torch.no_grad():
+                model(**batches[0])
+        report = diffcr_compile.calibrate(model, batches, budget=0.7, config=config)
+        assert all(map(is_shard, model.parameters())) == sharded
+        losses = torch.tensor([entry["loss"] for entry in report.history])
+        found.append((report.table, losses, [whole(one).detach() for one in model.parameters()]))
+    assert same_bits(found[1], found[0])
+    assert same_bits(found[2], found[0])
 
 
 def test_a_sharded_model_is_saved(mesh: Any, tmp_path: Path) -> None:
