@@ -32,8 +32,11 @@ TYPE, VERSION = "diffcr_compile.calibration", 1
 _JSON = "calibration.json"
 _PROGRESS = {"step", "history", "learned", "tables", "targets", "weights"}
 
-SAMPLED = 1024
-"""Values of a tensor, evenly apart, that tell it from others: all of a large model's take minutes to hash."""
+_MIX = (-7046029254386353131, -4658895280553007687)
+"""Odd numbers of 64 bits: a product spreads each bit over those above it (Steele et al. 2014, SplitMix64)."""
+
+_CHUNK_BYTES = 1 << 20
+"""Of a tensor, summed at a time: what fits a core's cache (1.6 GiB/s on one)."""
 
 
 class Checkpoint:
@@ -145,17 +148,16 @@ class Checkpoint:
 
 
 def digest(leaves: Iterable[tuple[Any, Any]]) -> str:
-    """SHA-256 of names and what they name: shape, dtype and at most ``SAMPLED`` values of each tensor, numbers and text themselves,
-    of other things their type. Sharded tensors are put together: all processes must ask."""
+    """SHA-256 of names and what they name: shape, dtype and a sum over the bits of each tensor, numbers and text themselves, of
+    other things their type. Sharded tensors are put together: all processes must ask."""
     found = hashlib.sha256()
     for name, leaf in leaves:
         if isinstance(leaf, Tensor):
             leaf = whole(leaf.detach())
             flatten = getattr(leaf, "__tensor_flatten__", None)  # a quantised one can't be sliced
             parts: list[str] = flatten()[0] if flatten else []
-            found.update(repr((name, tuple(leaf.shape), leaf.dtype, parts)).encode())
-            for part in [getattr(leaf, each) for each in parts] or [leaf]:
-                found.update(_sample(part))
+            sums = [_sum(part) for part in [getattr(leaf, each) for each in parts] or [leaf]]
+            found.update(repr((name, tuple(leaf.shape), leaf.dtype, parts, sums)).encode())
         else:
             plain = leaf is None or isinstance(leaf, bool | int | float | str)
             found.update(repr((name, leaf if plain else type(leaf).__qualname__)).encode())
@@ -167,10 +169,19 @@ def digest_weights(model: nn.Module) -> str:
     return digest((name, weight) for name, weight in model.named_parameters() if f"{ROUTER}." not in name)
 
 
-def _sample(tensor: Tensor) -> bytes:
-    values = tensor.reshape(-1)
-    values = values[:: max(-(-len(values) // SAMPLED), 1)].to("cpu", copy=True)  # FSDP2 can't free what numpy has seen
-    return values.contiguous().view(torch.uint8).numpy().tobytes()
+def _sum(tensor: Tensor) -> int:
+    """All of a tensor's bits, eight bytes at a time, each mixed with its place and summed modulo 2**64, where the tensor lies:
+    other bits, or the same ones elsewhere, make another sum, on every device the same one."""
+    data = tensor.reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(data), _CHUNK_BYTES):
+        part = data[start : start + _CHUNK_BYTES]
+        words = nn.functional.pad(part, (0, -len(part) % 8)).view(torch.int64)  # a copy
+        places = torch.arange(start // 8, start // 8 + len(words), device=words.device)
+        words ^= places.mul_(_MIX[0])
+        words *= _MIX[1]
+        total += (words ^ words >> 32).sum()
+    return int(total)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

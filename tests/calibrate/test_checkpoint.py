@@ -346,19 +346,39 @@ def test_a_loss_of_ones_own_goes_on_with_batches_drawn_anew(tmp_path: Path) -> N
 
 def test_a_digest_tells_names_shapes_types_and_values() -> None:
     x = torch.arange(5000.0)
-    later = x.index_fill(0, torch.tensor([4995]), 1)
+    later, swapped = (
+        x.index_copy(0, torch.tensor([4994, 4997]), torch.tensor(values)) for values in ((1.0, 2.0), (4997.0, 4994.0))
+    )
+    signs = x.index_copy(0, torch.tensor([1235, 1238]), torch.tensor([-1235.0, -1238.0]))
     trees = [
         {"a": x},
         {"b": x},
         {"a": x.view(2, -1)},
         {"a": x.double()},
         {"a": later},
+        {"a": swapped},
+        {"a": signs},
         {"a": x, "b": 1},
         {"a": x, "b": 1.0},
     ]
     digests = [digest(iterate_leaves(tree)) for tree in trees]
     assert len(set(digests)) == len(digests)
     assert digest(iterate_leaves({"a": x.clone(), "b": object()})) == digest(iterate_leaves({"a": x, "b": object()}))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float8_e4m3fn, torch.float64, torch.complex64]
+)
+def test_every_bit_of_a_tensor_is_in_its_digest(dtype: torch.dtype) -> None:
+    """In odd numbers, across several chunks, through views that lie anywhere."""
+    values = (torch.rand(300_011, generator=torch.Generator().manual_seed(0)) < 0.5).to(dtype)
+    (known,) = found = {digest([("a", values)]), digest([("a", values.repeat(2)[300_011:])])}
+    for place in (0, 1, 131_071, 131_072, 262_143, 262_144, 300_010):
+        other = values.clone()
+        other[place] = int(not values[place])
+        found.add(digest([("a", other)]))
+    assert len(found) == 8
+    assert known in found
 
 
 def test_quantised_weights_have_a_digest() -> None:
