@@ -299,10 +299,23 @@ class Learner:
             index = self._drawn(self.step * number + place)
             with self._rehearsed(index):
                 value = self._loss(index) / number
-                if value.requires_grad:  # routers alone learn, and none of them had to choose here
+                if value.requires_grad:
                     value.backward()
+                else:
+                    self._check_constant(self.step * number + place)
             total += float(value.detach())
         return mean_over_processes(total)
+
+    def _check_constant(self, draw: int) -> None:
+        """Raises CalibrationError where a loss without a gradient can't be right. While ratios learn, each depends on them; at a
+        fixed table some may not (routers alone learn, and none had to choose; what learns is skipped), but not all of a round."""
+        last = min(len(self._usable()), self.config.steps * self.config.accumulation) - 1
+        if self.state.learning is None and not (self.weights and not self.optimizer.state and draw >= last):
+            return
+        raise CalibrationError(
+            f"the loss of step {self.step} has no gradient, so nothing would be learned. Expected one that torch computes from the "
+            f"model's outputs: look for detach, no_grad, item or numpy in it and in the model's forward. {self._what_is_left()}"
+        )
 
     def _drawn(self, draw: int) -> int:
         """The batch of a draw; with reuse, of those that follow another in a trajectory."""

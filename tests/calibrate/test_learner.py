@@ -15,7 +15,7 @@ from models import Shape, TinyDiT, relative_error, routed, same_snapshot, snapsh
 from torch import Tensor
 
 import diffcr_compile
-from diffcr_compile import BudgetError, CalibrationConfig
+from diffcr_compile import BudgetError, CalibrationConfig, CalibrationError
 from diffcr_compile.cost import CostModel
 from diffcr_compile.latency import BlockTime
 from diffcr_compile.ratios import capacity
@@ -172,6 +172,26 @@ def test_where_no_router_has_to_choose_a_step_moves_nothing(model: TinyDiT, row:
     report = diffcr_compile.calibrate(model, batches, budget=0.9, config=config)
     assert len(report.history) == 2
     assert all(not torch.equal(router, start) for router, start in zip(routers, before, strict=True))
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_at_a_fixed_table_a_loss_without_a_gradient_on_all_batches_is_refused(model: TinyDiT, steps: int) -> None:
+    """Weights learn, and had their chance on each batch, or in each step."""
+    seen: list[float] = []
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        seen.append(float(batch["x"].sum()))
+        return mean_square(one, batch).detach()
+
+    config = CalibrationConfig(steps=steps, settle=1.0)
+    with pytest.raises(CalibrationError, match="has no gradient, so nothing would be learned"):
+        diffcr_compile.calibrate(model, BATCHES, budget=1.0, config=config, loss=loss)
+    assert len(set(seen)) == len(seen) == min(steps, len(BATCHES))
+    losses = iter([mean_square, *[loss] * (steps - 1)])
+    report = diffcr_compile.calibrate(
+        model, BATCHES, budget=1.0, config=config, loss=lambda one, batch: next(losses)(one, batch)
+    )
+    assert len(report.history) == steps
 
 
 # Accumulation.
