@@ -50,8 +50,8 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
     scope: ``"regional"`` compiles the blocks, ``"full"`` the whole denoiser; ``"auto"``: full where the mode records CUDA
         graphs (regional CUDA graphs are broken in torch, pytorch issue 152887), else regional, which compiles in a time that
         does not grow with depth.
-    mode: as in torch.compile. options: further arguments of torch.compile (``backend``, ``options``); what it refuses is refused
-        here, before anything changes.
+    mode: as in torch.compile. options: ``backend`` and ``options`` of torch.compile; what it refuses is refused here, before
+        anything changes.
 
     A later ``set_ratios`` or ``calibrate`` is followed: new capacities compile when they are first met, and so does every new size
     of the inputs. Outputs equal the eager model's up to Inductor's rounding (1e-5 relative in float32, as for the dense model), as
@@ -62,8 +62,7 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
         raise ValueError(f"scope must be one of {', '.join(map(repr, get_args(Scope)))}, found {scope!r}")
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, found {mode!r}")
-    if {"fullgraph", "dynamic"} & set(options):
-        raise LoweringError("lower compiles whole graphs of static shapes; leave fullgraph and dynamic out.")
+    _check_options(**options)
     recorder = _cuda_graph_option(mode, options)
     if scope == "regional" and recorder:
         raise LoweringError(
@@ -88,6 +87,21 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
     lowered.install(model)
     state.lowered = lowered
     return model
+
+
+def _check_options(backend: Any = None, options: Any = None, **others: Any) -> None:
+    """Raises LoweringError for what torch.compile would take without a look, to fail or compile nothing at the first call."""
+    if others:
+        raise LoweringError(
+            "lower compiles whole graphs of static shapes, each with a recompilation count of its own. Of "
+            f"torch.compile's arguments it takes mode, backend and options: leave {', '.join(others)} out."
+        )
+    if not (backend is None or isinstance(backend, str) or callable(backend)):
+        raise LoweringError(
+            f"backend must be a name that torch.compile knows, or a function that compiles, found {backend!r}"
+        )
+    if not (options is None or isinstance(options, dict)):
+        raise LoweringError(f"options must be a dictionary of torch.compile's options, found {options!r}")
 
 
 def _cuda_graph_option(mode: Mode | None, options: dict[str, Any]) -> str | None:

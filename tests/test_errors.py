@@ -361,6 +361,13 @@ CASES = (
         ("loss is nan", "step 0", "Expected finite values", "lower the learning rates"),
     ),
     Case(
+        "a loss without a gradient",
+        transformed,
+        calibrate(loss=lambda model, batch: model(**batch).sum().detach(), config=CalibrationConfig(steps=2)),
+        diffcr_compile.CalibrationError,
+        ("loss of step 0 has no gradient", "from the model's outputs", "look for detach", "weights are as before"),
+    ),
+    Case(
         "a timestep outside the range",
         lambda: _with_varying_rows(),
         lambda model: model(**{**INPUTS, "timestep": torch.tensor([10.0, 1400.0, 2.0])}),
@@ -410,9 +417,7 @@ CASES = (
         )
         for what, options, says in (
             ("an unknown backend", {"backend": "nope"}, ("Invalid backend: 'nope'",)),
-            ("an unknown argument", {"foo": 1}, ("unexpected keyword argument 'foo'",)),
             ("an unknown option", {"options": {"foo": 1}}, ("Unexpected optimization option foo",)),
-            ("options that are none", {"options": 3}, ("AttributeError",)),
             (
                 "mode beside options",
                 {"mode": "max-autotune-no-cudagraphs", "options": {"epilogue_fusion": True}},
@@ -420,12 +425,21 @@ CASES = (
             ),
         )
     ),
-    Case(
-        "fullgraph given",
-        transformed,
-        lambda model: diffcr_compile.lower(model, fullgraph=False),
-        diffcr_compile.LoweringError,
-        ("whole graphs of static shapes", "leave fullgraph and dynamic out"),
+    *(
+        Case(
+            f"{what} in lower",
+            transformed,
+            lambda model, options=options: diffcr_compile.lower(model, **options),  # type: ignore[misc]
+            diffcr_compile.LoweringError,
+            says,
+        )
+        for what, options, says in (
+            ("fullgraph", {"fullgraph": False}, ("whole graphs of static shapes", "leave fullgraph out")),
+            ("what would compile nothing", {"disable": True, "foo": 1}, ("leave disable, foo out",)),
+            ("a backend that is none", {"backend": 3}, ("backend must be a name", "or a function", "found 3")),
+            ("options that are none", {"backend": "eager", "options": 3}, ("options must be a dictionary", "found 3")),
+            ("empty options that are none", {"options": []}, ("options must be a dictionary", "found []")),
+        )
     ),
     Case(
         "an unknown scope",
