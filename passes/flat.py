@@ -104,6 +104,11 @@ def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call,
         untouched = routed and not (state.dense or state.learning or state.observers or state.routes)
         if untouched or BLOCKS not in self._modules:
             return base(self, *args, **kwargs)
+        if self.training:
+            raise UnsupportedError(
+                f"{type(self).__name__} was exported in evaluation mode, and what its forward does otherwise in training (dropout) "
+                "is not in that graph. Call eval() on it, which leaves gradients on, or set its ratios to 0."
+            )
         bound = bind_arguments(names, args, kwargs)
         if _fixed(bound) != known:
             raise UnsupportedError(

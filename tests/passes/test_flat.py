@@ -267,3 +267,19 @@ def test_a_routing_of_a_flat_forward_says_why_it_is_not_loaded(tmp_path: Path) -
         diffcr_compile.load(model, tmp_path / "routing")
     assert not list(model.children())
     assert "forward" not in vars(model)
+
+
+class Dropping(FlatDiT):
+    def layer(self, x: Tensor, cond: Tensor, layer: int) -> Tensor:
+        return super().layer(x, F.dropout(cond, 0.5, self.training), layer)
+
+
+def test_dropout_is_not_lost_without_a_word() -> None:
+    """The graph is of evaluation; dense, the forward itself runs."""
+    model = diffcr_compile.transform(Dropping().train(), example_inputs=inputs())
+    assert not same_bits(model(**inputs()), model(**inputs()))
+    diffcr_compile.set_ratios(model, 0.5)
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"exported in evaluation mode.*dropout.*Call eval\(\)"):
+        model(**inputs())
+    model.eval()(**inputs()).sum().backward()
+    assert model.qkv0.grad.any()
