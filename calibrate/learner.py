@@ -99,7 +99,7 @@ class Learner:
         """All stages; leaves the model at the first budget's table."""
         start = time.perf_counter()
         if self.task.loss is None:
-            self.model.eval()
+            nn.Module.train(self.model, False)  # exported modules refuse eval()
         if self.config.preset == "training-free":
             self._choose_tables()
         else:
@@ -461,7 +461,7 @@ class Learner:
         state, task = self.state, self.task
         budget, rows = task.budgets[0], self.tables[task.budgets[0]]
         write_table(state, rows)
-        self.model.eval()
+        nn.Module.train(self.model, False)  # exported modules refuse eval()
         table = read_table(state)
         remarks = list(examine_table(table, budget))
         scores, found = self._look(remarks, "the routers' scores", self._examine, ((), ()))

@@ -132,7 +132,7 @@ def _record_calls(model: nn.Module, state: ModelRouting, inputs: dict[str, Any])
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    nn.Module.train(model, False)  # exported modules refuse eval()
     try:
         yield
     finally:

@@ -105,3 +105,18 @@ def test_the_routing_of_a_graph_module_is_saved_and_loaded(tmp_path: Path) -> No
 
 def _sites(model: nn.Module) -> tuple[Any, ...]:
     return diffcr_compile.explain(model).plan.sites
+
+
+def test_an_exported_model_is_calibrated_like_the_one_it_came_from() -> None:
+    plain, config = original(PLAIN), diffcr_compile.CalibrationConfig(steps=6)
+    batches = [tiny_inputs(PLAIN, num_tokens=40, seed=seed, timestep=500.0 * seed) for seed in range(3)]
+    reports = []
+    for model, others in ((exported(copy.deepcopy(plain)), dict.fromkeys(("text", "rope", "mask"))), (plain, {})):
+        given = [{**batch, **others} for batch in batches]
+        diffcr_compile.transform(model, example_inputs=given[0])
+        reports.append(diffcr_compile.calibrate(model, given, budget=0.7, config=config))
+    assert torch.equal(reports[0].table, reports[1].table)
+    assert reports[0].dense_flops == reports[1].dense_flops
+    losses = [[entry["loss"] for entry in report.history] for report in reports]
+    assert losses[0][-1] > 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
