@@ -314,7 +314,8 @@ class Learner:
             return
         raise CalibrationError(
             f"the loss of step {self.step} has no gradient, so nothing would be learned. Expected one that torch computes from the "
-            f"model's outputs: look for detach, no_grad, item or numpy in it and in the model's forward. {self._what_is_left()}"
+            f"model's outputs: look for detach, no_grad, item or numpy in it and in the model's forward, and for "
+            f"reentrant checkpoints. {self._what_is_left()}"
         )
 
     def _drawn(self, draw: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from diffcr_compile.calibration import train
 from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import diffcr_compile
 from diffcr_compile import CalibrationConfig, CalibrationError, UnsupportedError
@@ -214,28 +216,55 @@ def test_batches_of_a_data_loader(model: TinyDiT) -> None:
     assert 0.693 <= report.share <= 0.7
 
 
-@pytest.mark.parametrize("estimator", ["two-bin", "single-pass"])
-def test_gradient_checkpointing_gives_the_same_table_and_weights(estimator: str) -> None:
-    """Batches of one region each, as calibrate makes them."""
-    from torch.utils.checkpoint import checkpoint
+def checkpointed(model: TinyDiT, *, reentrant: bool) -> TinyDiT:
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)  # type: ignore[method-assign]
+    return model
 
-    steps = (20.0, 400.0, 950.0)
-    batches = [tiny_inputs(SHAPE, num_tokens=20, seed=seed, timestep=step) for seed, step in enumerate(steps)]
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("estimator", ["two-bin", "single-pass"])
+def test_gradient_checkpointing_gives_the_same_table_and_weights(estimator: str, reentrant: bool) -> None:
+    """Batches in several regions are put together anew, one region each."""
     config = CalibrationConfig(steps=6, estimator=estimator)  # type: ignore[arg-type]
     found = []
-    for recompute in (False, True):
-        model = routed(SHAPE)
-        for block in model.blocks if recompute else ():
-            forward = block.forward
-
-            def again(*args: Any, forward: Any = forward) -> Any:
-                return checkpoint(forward, *args, use_reentrant=False)
-
-            block.forward = again
-        report = diffcr_compile.calibrate(model, batches, budget=0.6, config=config)
+    for model in (routed(SHAPE), checkpointed(routed(SHAPE), reentrant=reentrant)):
+        report = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
         losses = torch.tensor([entry["loss"] for entry in report.history])
-        found.append((report.table, losses, [parameter.detach() for parameter in model.parameters()]))
-    assert same_bits(found[0], found[1])
+        found.append([report.table, losses, *(parameter.detach() for parameter in model.parameters())])
+    # reentrant, the gradients of a block that runs at two bins are summed in another order
+    tolerance = 1e-7 if reentrant else 0.0
+    assert all(torch.allclose(one, other, rtol=0.0, atol=tolerance) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_gradient_checkpointing_of_ones_own_batches_in_several_regions_is_refused(
+    model: TinyDiT, reentrant: bool
+) -> None:
+    """With a loss of one's own they are as they came."""
+    before = snapshot(checkpointed(model, reentrant=reentrant))
+    options: dict[str, Any] = {"budget": 0.7, "config": CalibrationConfig(steps=4)}
+
+    def loss(one: Any, batch: dict[str, Any]) -> Tensor:
+        return one(**batch).square().mean()
+
+    with pytest.raises(
+        UnsupportedError, match=r"recomputed in backward .* regions \[0, 1, 3\].*turn gradient checkpointing"
+    ):
+        diffcr_compile.calibrate(model, BATCHES, loss=loss, **options)
+    assert same_snapshot(snapshot(model), before)
+    each = [tiny_inputs(SHAPE, num_tokens=20, timestep=step) for step in STEPS.tolist()]
+    assert diffcr_compile.calibrate(model, each, loss=loss, **options).share <= 0.7
+
+
+def test_reentrant_checkpoints_that_let_no_gradient_through_are_not_passed_over(model: TinyDiT) -> None:
+    """Routers alone learn, so nothing that goes into the first block has a gradient, and torch gives none to what comes out."""
+    checkpointed(model, reentrant=True)
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
+        pytest.raises(CalibrationError, match="no gradient, so nothing would be learned"),
+    ):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=QUICK)
 
 
 def test_the_papers_way_at_few_steps() -> None:

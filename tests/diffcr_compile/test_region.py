@@ -271,6 +271,14 @@ def test_one_backward_of_two_regions_is_refused(checkpointed: TinyDiT) -> None:
     (loss(checkpointed, 900.0) + loss(checkpointed, 990.0)).backward()
 
 
+def test_a_backward_of_one_batch_in_two_regions_is_refused(checkpointed: TinyDiT) -> None:
+    """Until the batch is taken apart."""
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"recomputed in backward .* regions \[0, 3\]"):
+        checkpointed(**inputs(10.0, 900.0, 20.0)).square().sum().backward()
+    for timesteps in ((10.0, 20.0), (900.0,)):
+        checkpointed(**inputs(*timesteps)).square().sum().backward()
+
+
 def test_a_backward_that_does_not_come_from_the_outputs_is_refused(checkpointed: TinyDiT) -> None:
     seen: list[Tensor] = []
     checkpointed.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
