@@ -178,8 +178,9 @@ class Lowered:
     def run_block(
         self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
     ) -> Any:
-        """One block, by the graph of its family at this ratio."""
+        """One block, by the graph of its family at this ratio; whatever that is, it runs dense to fill an empty memory."""
         routing: BlockRouting = module.__dict__[STATE]
+        ratio = 0 if recalled is not None and recalled[1] else ratio
         programs, shapes = tuple(routing.programs.values()), _shapes(args, kwargs)
         if ratio == 0 and recalled is None:
             return self._graph((programs, shapes), _plain_body)(routing.base, module, args, kwargs)

@@ -6,6 +6,11 @@ import contextlib
 import copy
 import importlib
 import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +109,58 @@ def test_regional_makes_one_graph_per_capacity() -> None:
     # at ratio one nothing is left to compile: the block returns what came in
     assert counter.frame_count in (3, 4)
     assert counter.op_count > 0
+
+
+def test_blocks_that_fill_their_memory_share_a_graph() -> None:
+    """The first step of a trajectory is dense, whatever the ratios."""
+    config = diffcr_compile.DiffCRConfig(skip="reuse", num_regions=1)
+    model = diffcr_compile.transform(original(PLAIN), config, example_inputs=tiny_inputs(PLAIN))
+    diffcr_compile.set_ratios(model, [[0.2, 0.5, 0.9]])
+    eager, counter = copy.deepcopy(model), eager_backend()
+    diffcr_compile.lower(model, scope="regional", backend=counter)
+    for graphs, step in ((1, 900.0), (4, 800.0), (4, 700.0)):
+        assert same_bits(run(model, step), run(eager, step))
+        assert counter.frame_count == graphs
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
+    """Nothing of ours keeps torch's caches from knowing a graph again: names, routers, memory, ``vmap`` (the rotary model)."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-c", CACHED_PROCESS, str(Path(__file__).parents[1])]
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert finished.returncode == 0, finished.stderr
+        found.append(json.loads(finished.stdout.splitlines()[-1]))
+    first, second = found
+    assert first["graphs"] == second["graphs"] == first["saved"] > 0
+    assert first["digest"] == second["digest"]
+    assert second["hits"] == second["graphs"]
+
+
+CACHED_PROCESS = """
+import json, hashlib, sys, torch
+import diffcr_compile
+sys.path.append(sys.argv[1])
+from models import Shape, original, tiny_inputs
+
+shape = Shape("rotary", depth=2, heads=1, head_dim=6)
+config = diffcr_compile.DiffCRConfig(skip="reuse", router="timestep", selection="score and turn", num_regions=2)
+model = diffcr_compile.transform(original(shape), config, example_inputs=tiny_inputs(shape))
+diffcr_compile.set_ratios(model, [[0.2, 0.5]] * 2)
+diffcr_compile.lower(model, scope="regional")
+with torch.no_grad():
+    outputs = [model(**tiny_inputs(shape, timestep=step)) for step in (900.0, 800.0)]
+counts = torch._dynamo.utils.counters["aot_autograd"]
+print(json.dumps({
+    "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+    "saved": counts["autograd_cache_saved"],
+    "hits": counts["autograd_cache_hit"],
+    "digest": hashlib.sha256(torch.stack(outputs).numpy().tobytes()).hexdigest(),
+}))
+"""
 
 
 @pytest.mark.slow
