@@ -1,34 +1,48 @@
-"""How much of the promised speed-up arrives: a DiT-S/2 at 1024 tokens, routed against dense, on the CPU.
+"""How much of the promised speed-up arrives: DiT-shaped stacks, routed against dense, eager and lowered, on the CPU.
 
-    python examples/benchmarks/speed.py
+    python examples/benchmarks/speed.py            # DiT-S/2, 1024 tokens, batch 2, float32: three minutes on two idle cores
+    python examples/benchmarks/speed.py --grid     # shapes, tokens, batches, dtypes: a quarter of an hour
+    python examples/benchmarks/speed.py --scaling  # 256 to 65536 tokens, 2 to 24 blocks: five minutes
 
 Every round runs the dense model and each uniform ratio once, eager and lowered, in turn, so that whatever else the
 machine does falls on all alike; but two threads wait for each other, so only an idle machine gives the true figure (the
-load before the run is written down). Speed-up is the median over rounds of (dense time / routed time) in the same mode;
-promised is the ratio of their FLOPs; efficiency is the one over the other. Beside it stands the same efficiency of the dense
-model on nothing but as many tokens as are kept: what no router, gather or scatter could exceed by much. Writes `speed.md` and
-`speed.json` beside it.
+load before each case is written down). Speed-up is the median over rounds of (dense time / routed time) in the same mode;
+promised is the ratio of their FLOPs; efficiency is the one over the other. Where it is measured, beside it stands the same
+efficiency of the dense model on nothing but as many tokens as are kept: what no router, gather or scatter could exceed by much.
+
+Writes `speed.md` and `speed.json` beside it, case by case. A grid or scaling that was interrupted goes on where it was; cases
+of the same machine are kept, but for ``--again``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import functools
 import math
-import os
-import platform
-import shlex
-import statistics
-import sys
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import (
+    Call,
+    Rounds,
+    format_machine,
+    format_spread,
+    format_table,
+    load,
+    machine,
+    measure_in_turn,
+    quartiles,
+    ratio_quartiles,
+    read_record,
+    write_record,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,9 +51,11 @@ import diffcr_compile
 RATIOS = (0.25, 0.5, 0.75)
 MODES = ("eager", "lowered")
 FREQUENCIES = 256
+AIMS = {256: 0.9, 1024: 0.95}
+"""Efficiency aimed at, by number of tokens."""
 
-Times = dict[tuple[str, str, float], list[float]]
-"""Seconds by mode, model (``"routed"``; ``"kept"``: dense, on the kept tokens alone) and ratio, one entry per round."""
+SHAPES = {"S": (384, 6), "XL": (1152, 16), "narrow": (64, 1)}
+"""Width and heads: of DiT-S/2 and DiT-XL/2 (Peebles and Xie 2023), and of one head alone."""
 
 
 class Block(nn.Module):
@@ -82,190 +98,235 @@ class DiT(nn.Module):
         """x (B, N, D), timestep (B,) in 0..1000 -> (B, N, D)."""
         rates = torch.exp(-math.log(10_000) * torch.arange(FREQUENCIES // 2, device=x.device) / (FREQUENCIES // 2))
         angles = timestep[:, None].float() * rates
-        condition = self.embed(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        condition = self.embed(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         for block in self.blocks:
             x = block(x, condition)
         return self.head(x)
 
 
-def build_inputs(args: argparse.Namespace) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(args.batch, args.tokens, args.width, generator=generator)
-    return {"x": tokens, "timestep": torch.full((args.batch,), 500.0)}
+@dataclass(frozen=True)
+class Case:
+    """One model on inputs of one size, by the modes and at the ratios that are measured. kept: the dense model on the kept tokens
+    alone too."""
+
+    shape: str
+    depth: int
+    tokens: int
+    batch: int
+    dtype: str = "float32"
+    modes: tuple[str, ...] = MODES
+    ratios: tuple[float, ...] = RATIOS
+    kept: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}, {self.depth} blocks, {self.tokens} tokens, batch {self.batch}, {self.dtype}"
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        tokens = torch.randn(self.batch, self.tokens, SHAPES[self.shape][0], generator=torch.Generator().manual_seed(0))
+        return {"x": tokens.to(getattr(torch, self.dtype)), "timestep": torch.full((self.batch,), 500.0)}
 
 
-def build_runs(args: argparse.Namespace, inputs: dict[str, Tensor]) -> dict[tuple[str, str], Callable[[float], Tensor]]:
-    """By mode and model, a call at a ratio. Dense is the untouched model in eager, and the model lowered at ratio zero."""
+README = [Case("S", 12, 1024, 2, kept=True)]
+GRID = [
+    Case(shape, depth, tokens, batch, dtype)
+    for dtype in ("float32", "bfloat16")
+    for shape, depth in (("S", 4), ("XL", 2))
+    for tokens in (256, 1024)
+    for batch in (1, 2, 8)
+]
+_half = partial(Case, batch=1, modes=("lowered",), ratios=(0.5,), kept=True)
+SCALING = [
+    *(_half("S", 2, tokens) for tokens in (256, 1024, 4096)),
+    _half("S", 1, 16384),
+    *(_half("narrow", 1, tokens) for tokens in (16384, 65536)),
+    *(_half("S", depth, 1024) for depth in (4, 8, 24)),
+]
+SECTIONS = {
+    "readme": ("DiT-S/2", README, Rounds(15, 15, warmup=2)),
+    "grid": ("Shapes, tokens, batches, dtypes", GRID, Rounds(5, 30, 12.0)),
+    "scaling": ("Tokens and blocks", SCALING, Rounds(5, 30, 8.0)),
+}
+"""By name: title, cases, how often each is measured."""
+
+
+@functools.lru_cache(maxsize=1)
+def build_models(shape: str, depth: int, dtype: str) -> dict[str, nn.Module]:
+    """The untouched model, the routed one, and the routed one lowered."""
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    plain = DiT(args.width, args.heads, args.depth).eval()
+    plain = DiT(*SHAPES[shape], depth).eval().to(getattr(torch, dtype))
+    inputs = Case(shape, depth, 256, 2, dtype).inputs
     eager = diffcr_compile.transform(copy.deepcopy(plain), example_inputs=inputs)
-    lowered = diffcr_compile.lower(copy.deepcopy(eager), scope="regional")
-
-    def run_eager(ratio: float) -> Tensor:
-        diffcr_compile.set_ratios(eager, ratio)
-        return (eager if ratio else plain)(**inputs)
-
-    def run_lowered(ratio: float) -> Tensor:
-        diffcr_compile.set_ratios(lowered, ratio)
-        return lowered(**inputs)
-
-    def kept(ratio: float) -> dict[str, Tensor]:
-        num_tokens = round(args.tokens * (1 - ratio))
-        return {**inputs, "x": inputs["x"][:, :num_tokens].contiguous()}
-
-    def run_lowered_dense(ratio: float) -> Tensor:
-        diffcr_compile.set_ratios(lowered, 0)
-        return lowered(**kept(ratio))
-
     return {
-        ("eager", "routed"): run_eager,
-        ("eager", "kept"): lambda ratio: plain(**kept(ratio)),
-        ("lowered", "routed"): run_lowered,
-        ("lowered", "kept"): run_lowered_dense,
+        "plain": plain,
+        "eager": eager,
+        "lowered": diffcr_compile.lower(copy.deepcopy(eager), scope="regional"),
     }
 
 
-def promised_speedups(args: argparse.Namespace, inputs: dict[str, Tensor]) -> dict[float, float]:
-    """What the FLOPs promise at each ratio: those of the dense model over those of the routed one."""
-    model = diffcr_compile.transform(DiT(args.width, args.heads, args.depth).eval(), example_inputs=inputs)
-    promised = {}
-    for ratio in RATIOS:
-        diffcr_compile.set_ratios(model, ratio)
-        costs = diffcr_compile.cost(model, inputs)
-        promised[ratio] = costs.dense_flops / costs.routed_flops[0]
-    return promised
+def build_calls(case: Case, models: dict[str, nn.Module]) -> dict[tuple[str, str, float], Call]:
+    """By mode, tokens (``"all"``; ``"kept"``: those alone, by the dense model) and ratio. Dense is the untouched model in eager,
+    and the model lowered at ratio zero."""
+    calls: dict[tuple[str, str, float], Call] = {}
+    inputs = case.inputs
+    for mode in case.modes:
+        routed, dense = models[mode], models["plain" if mode == "eager" else mode]
+        at_zero = partial(diffcr_compile.set_ratios, routed, 0.0)
+        calls[mode, "all", 0.0] = at_zero, partial(dense, **inputs)
+        for ratio in case.ratios:
+            calls[mode, "all", ratio] = partial(diffcr_compile.set_ratios, routed, ratio), partial(routed, **inputs)
+            if case.kept:
+                num_tokens = round(case.tokens * (1 - ratio))
+                kept = {**inputs, "x": inputs["x"][:, :num_tokens].contiguous()}
+                calls[mode, "kept", ratio] = at_zero, partial(dense, **kept)
+    return calls
 
 
-@torch.inference_mode()
-def measure(runs: dict[tuple[str, str], Callable[[float], Tensor]], args: argparse.Namespace) -> Times:
-    """Seconds of every mode, model and ratio, all of them in turn in each round; the warm-up rounds are left out."""
-    times: Times = {(mode, "routed", 0.0): [] for mode in MODES}
-    times |= {(*key, ratio): [] for ratio in RATIOS for key in runs}
-    for index in tqdm(range(args.warmup + args.repeats), desc="rounds"):
-        for (mode, model, ratio), seconds in times.items():
-            start = time.perf_counter()
-            runs[mode, model](ratio)
-            if index >= args.warmup:
-                seconds.append(time.perf_counter() - start)
-    return times
+def promised_speedup(model: nn.Module, inputs: dict[str, Tensor], ratio: float) -> float:
+    """What the FLOPs promise: those of the dense model over those of the routed one."""
+    diffcr_compile.set_ratios(model, ratio)
+    costs = diffcr_compile.cost(model, inputs)
+    return costs.dense_flops / costs.routed_flops[0]
 
 
-def summarise(times: Times, promised: dict[float, float]) -> list[dict[str, Any]]:
-    """One row per mode and ratio: medians and quartiles (25 %, 75 %) of times and of the rounds' speed-ups."""
+def measure(case: Case, rounds: Rounds) -> list[dict[str, Any]]:
+    """One row per mode and ratio: quartiles (25 %, 50 %, 75 %) of times and of the rounds' speed-ups."""
+    models = build_models(case.shape, case.depth, case.dtype)
+    times = measure_in_turn(build_calls(case, models), rounds, case.name)
     rows = []
-    for mode in MODES:
-        dense = times[mode, "routed", 0.0]
-        for ratio in RATIOS:
-            speedup, bound = (
-                quartiles([before / after for before, after in zip(dense, times[mode, model, ratio], strict=True)])
-                for model in ("routed", "kept")
-            )
-            rows.append(
-                {
-                    "mode": mode,
-                    "ratio": ratio,
-                    "dense_ms": [1000 * value for value in quartiles(dense)],
-                    "routed_ms": [1000 * value for value in quartiles(times[mode, "routed", ratio])],
-                    "speedup": speedup,
-                    "promised": promised[ratio],
-                    "efficiency": speedup[1] / promised[ratio],
-                    "efficiency_of_kept_tokens_alone": bound[1] / promised[ratio],
-                }
-            )
+    for mode in case.modes:
+        dense = times[mode, "all", 0.0]
+        for ratio in case.ratios:
+            routed, promised = times[mode, "all", ratio], promised_speedup(models["eager"], case.inputs, ratio)
+            speedup = ratio_quartiles(dense, routed)
+            row = {
+                "mode": mode,
+                "ratio": ratio,
+                "dense_ms": [1000 * value for value in quartiles(dense)],
+                "routed_ms": [1000 * value for value in quartiles(routed)],
+                "speedup": speedup,
+                "promised": promised,
+                "efficiency": speedup[1] / promised,
+                "rounds": len(dense),
+            }
+            if case.kept:
+                row["kept_efficiency"] = ratio_quartiles(dense, times[mode, "kept", ratio])[1] / promised
+            rows.append(row)
     return rows
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """The quartiles 25 %, 50 %, 75 %."""
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """The setting, without the machine's name."""
-    return {
-        "command": shlex.join(["python", "examples/benchmarks/speed.py", *sys.argv[1:]]),
-        "model": f"DiT, width {args.width}, {args.heads} heads, {args.depth} blocks, adaLN-Zero",
-        "tokens": args.tokens,
-        "batch": args.batch,
-        "dtype": "float32",
-        "device": f"CPU, {cpu_model()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "warmup_rounds": args.warmup,
-        "rounds": args.repeats,
-        "load before": round(os.getloadavg()[0], 2),
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name and widest instructions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def format_markdown(setting: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table, and below it the setting."""
+def format_markdown(record: dict[str, Any]) -> str:
+    """A table for each section that was measured."""
     lines = [
         "# Speed-up against what the FLOPs promise",
         "",
-        "| mode | ratio | dense ms | routed ms | speed-up | promised | efficiency | of the kept tokens alone |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        dense, routed = (format_spread(row[key], 0) for key in ("dense_ms", "routed_ms"))
-        speedup = format_spread(row["speedup"], 2)
-        lines.append(
-            f"| {row['mode']} | {row['ratio']} | {dense} | {routed} | {speedup} | {row['promised']:.2f} "
-            f"| {row['efficiency']:.2f} | {row['efficiency_of_kept_tokens_alone']:.2f} |"
-        )
-    lines += [
-        "",
-        "Medians over rounds, with the quartiles in brackets. `eager` is against the untouched dense model run",
-    ]
-    lines += [
-        'eagerly, `lowered` against the same model lowered (`scope="regional"`) at ratio zero; each round runs all in turn.'
-    ]
-    lines += [
+        "Medians over rounds, with the quartiles in brackets. `eager` is against the untouched dense model run eagerly,",
+        '`lowered` against the same model lowered (`scope="regional"`) at ratio zero; each round runs all in turn.',
         "Speed-up: the median of each round's dense time over its routed time. Ratio: share of tokens that skip a block,",
-        "the same in every block. Last column: the dense model on as many tokens as are kept, against the same promise.",
+        "the same in every block. Kept alone: the dense model on as many tokens as are kept, against the same promise.",
+        "S: width 384, 6 heads; XL: width 1152, 16 heads; narrow: width 64, one head; all with adaLN-Zero.",
     ]
-    lines += ["", *(f"* {key}: {value}" for key, value in setting.items()), ""]
-    return "\n".join(lines)
+    for name, (title, _, _) in SECTIONS.items():
+        cases = record.get(name)
+        if not cases:
+            continue
+        lines += ["", f"## {title}", "", *format_cases(cases.values()), ""]
+        if name == "grid":
+            lines += [summarise(cases.values()), ""]
+        settings = [f"`{case['command']}`: {format_machine(case['machine'])}." for case in cases.values()]
+        lines += dict.fromkeys(settings)
+        loads, counts = [case["load"] for case in cases.values()], [row["rounds"] for row in _rows(cases.values())]
+        lines.append(f"{min(counts)} to {max(counts)} rounds a case; load before it {min(loads)} to {max(loads)}.")
+    return "\n".join(lines) + "\n"
 
 
-def format_spread(values: list[float], digits: int) -> str:
-    low, middle, high = (f"{value:.{digits}f}" for value in values)
-    return f"{middle} ({low}..{high})"
+def _rows(cases: Any) -> list[dict[str, Any]]:
+    """The rows of all cases, each with what its case is."""
+    return [{**case["case"], **row} for case in cases for row in case["rows"]]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of speed.md and speed.json")
-    return parser.parse_args()
+def format_cases(cases: Any) -> list[str]:
+    header = ["shape", "blocks", "tokens", "batch", "dtype", "mode", "ratio", "dense ms", "routed ms"]
+    header += ["speed-up", "promised", "efficiency", "kept alone"]
+    rows = []
+    for row in _rows(cases):
+        digits = 0 if row["routed_ms"][1] >= 100 else 1
+        cells = [row[key] for key in ("shape", "depth", "tokens", "batch", "dtype", "mode", "ratio")]
+        cells += [format_spread(row["dense_ms"], digits), format_spread(row["routed_ms"], digits)]
+        cells += [format_spread(row["speedup"]), f"{row['promised']:.2f}", f"{row['efficiency']:.2f}"]
+        rows.append([*cells, f"{row['kept_efficiency']:.2f}" if "kept_efficiency" in row else ""])
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return format_table(header, rows)
+
+
+def summarise(cases: Any) -> str:
+    """How many rows come up to the aim, and which do not."""
+    rows = [row for row in _rows(cases) if row["tokens"] in AIMS]
+    short = [row for row in rows if row["efficiency"] < AIMS[row["tokens"]]]
+    aims = " and ".join(f"{aim} at {tokens} tokens" for tokens, aim in AIMS.items())
+    counts = []
+    for mode in MODES:
+        total, missed = (sum(row["mode"] == mode for row in some) for some in (rows, short))
+        counts.append(f"{total - missed} of {total} {mode}")
+    names = [
+        f"{row['shape']} {row['tokens']} tokens, batch {row['batch']}, {row['dtype']}, {row['mode']}, {row['ratio']}: "
+        f"{row['efficiency']:.2f}"
+        for row in sorted(short, key=lambda row: row["efficiency"])
+    ]
+    return f"Efficiency of at least {aims}: {', '.join(counts)}. Below it: {'; '.join(names) or 'none'}."
+
+
+def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure a section's cases; yields the record after each."""
+    _, cases, rounds = SECTIONS[name]
+    if options.quick:
+        small = [replace(case, shape="narrow", depth=min(case.depth, 2), tokens=case.tokens // 64) for case in cases]
+        cases, rounds = list(dict.fromkeys(small)), Rounds(2, 2)
+    path = None if options.out is None else options.out / "speed.json"
+    record = {} if path is None else read_record(path)
+    known, here = record.get(name, {}), machine()
+    measured = record[name] = {
+        case.name: known[case.name]
+        for case in cases
+        if case.name in known and known[case.name]["machine"] == here and not options.again
+    }
+    yield record
+    for case in tqdm(cases, desc=name):
+        if case.name in measured:
+            continue
+        before, command = load(), f"python examples/benchmarks/speed.py{'' if name == 'readme' else f' --{name}'}"
+        entry = {"case": asdict(case), "command": command, "machine": here, "load": before}
+        measured[case.name] = entry | {"rows": measure(case, rounds)}
+        record[name] = {case.name: measured[case.name] for case in cases if case.name in measured}
+        yield record
 
 
 def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings(
-        "ignore", message="the routers are untrained"
-    )  # which tokens are kept does not change a time
-    inputs, setting = build_inputs(args), describe(args)
-    times = measure(build_runs(args, inputs), args)
-    rows = summarise(times, promised_speedups(args, inputs))
-    text = format_markdown(setting, rows)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "speed.md").write_text(text)
-    (args.out / "speed.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", action="store_true", help="shapes, tokens, batches and dtypes instead")
+    parser.add_argument("--scaling", action="store_true", help="tokens and blocks instead")
+    parser.add_argument("--again", action="store_true", help="measure cases anew that were measured")
+    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it runs; written only with --out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder of speed.md and speed.json (this one)")
+    options = parser.parse_args()
+    if options.out is None and not options.quick:
+        options.out = here
+    torch.set_num_threads(options.threads)
+    # which tokens are kept does not change a time
+    warnings.filterwarnings("ignore", message="the routers are untrained")
+    names = [name for name in ("grid", "scaling") if getattr(options, name)]
+    options.again |= not names
+    text = ""
+    for name in names or ["readme"]:
+        for record in run(name, options):
+            text = format_markdown(record)
+            if options.out is not None:
+                write_record(options.out / "speed.json", record, text)
     print(text)
 
 
