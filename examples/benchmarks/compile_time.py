@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.measure:
+        warnings.filterwarnings("ignore", message="the routers are untrained")
         kind, shape, depth, tokens = options.measure
         print(json.dumps(measure(kind, Case(shape, int(depth), int(tokens), 2))))
         return

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/speed.py            # DiT-S/2, 1024 tokens, batch 2, float32: three minutes on two idle cores
     python examples/benchmarks/speed.py --grid     # shapes, tokens, batches, dtypes: a quarter of an hour
-    python examples/benchmarks/speed.py --scaling  # 256 to 65536 tokens, 2 to 24 blocks: five minutes
+    python examples/benchmarks/speed.py --scaling  # 256 to 65536 tokens, 2 to 24 blocks, lowered whole: six minutes
 
 Every round runs the dense model and each uniform ratio once, eager and lowered, in turn, so that whatever else the
 machine does falls on all alike; but two threads wait for each other, so only an idle machine gives the true figure (the
@@ -142,18 +142,19 @@ SCALING = [
     _half("S", 1, 16384),
     *(_half("narrow", 1, tokens) for tokens in (16384, 65536)),
     *(_half("S", depth, 1024) for depth in (4, 8, 24)),
+    *(Case("S", 4, 256, 1, dtype, ("lowered", "full"), (0.5, 0.75), kept=True) for dtype in ("float32", "bfloat16")),
 ]
 SECTIONS = {
     "readme": ("DiT-S/2", README, Rounds(15, 15, warmup=2)),
     "grid": ("Shapes, tokens, batches, dtypes", GRID, Rounds(5, 30, 12.0)),
-    "scaling": ("Tokens and blocks", SCALING, Rounds(5, 30, 8.0)),
+    "scaling": ("Tokens, blocks, scope", SCALING, Rounds(5, 30, 8.0)),
 }
 """By name: title, cases, how often each is measured."""
 
 
 @functools.lru_cache(maxsize=1)
 def build_models(shape: str, depth: int, dtype: str) -> dict[str, nn.Module]:
-    """The untouched model, the routed one, and the routed one lowered."""
+    """The untouched model, the routed one, and the routed one lowered by both scopes."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = DiT(*SHAPES[shape], depth).eval().to(getattr(torch, dtype))
@@ -163,6 +164,7 @@ def build_models(shape: str, depth: int, dtype: str) -> dict[str, nn.Module]:
         "plain": plain,
         "eager": eager,
         "lowered": diffcr_compile.lower(copy.deepcopy(eager), scope="regional"),
+        "full": diffcr_compile.lower(copy.deepcopy(eager), scope="full"),
     }
 
 
@@ -223,7 +225,7 @@ def format_markdown(record: dict[str, Any]) -> str:
         "# Speed-up against what the FLOPs promise",
         "",
         "Medians over rounds, with the quartiles in brackets. `eager` is against the untouched dense model run eagerly,",
-        '`lowered` against the same model lowered (`scope="regional"`) at ratio zero; each round runs all in turn.',
+        '`lowered` (`scope="regional"`) and `full` against the same model lowered so at ratio zero; each round runs all in turn.',
         "Speed-up: the median of each round's dense time over its routed time. Ratio: share of tokens that skip a block,",
         "the same in every block. Kept alone: the dense model on as many tokens as are kept, against the same promise.",
         "S: width 384, 6 heads; XL: width 1152, 16 heads; narrow: width 64, one head; all with adaLN-Zero.",
@@ -235,11 +237,14 @@ def format_markdown(record: dict[str, Any]) -> str:
         lines += ["", f"## {title}", "", *format_cases(cases.values()), ""]
         if name == "grid":
             lines += [summarise(cases.values()), ""]
-        settings = [f"`{case['command']}`: {format_machine(case['machine'])}." for case in cases.values()]
-        lines += dict.fromkeys(settings)
-        loads, counts = [case["load"] for case in cases.values()], [row["rounds"] for row in _rows(cases.values())]
-        lines.append(f"{min(counts)} to {max(counts)} rounds a case; load before it {min(loads)} to {max(loads)}.")
+        lines += dict.fromkeys(f"`{case['command']}`: {format_machine(case['machine'])}." for case in cases.values())
+        rounds = _span([row["rounds"] for row in _rows(cases.values())])
+        lines.append(f"{rounds} rounds a case; load before it {_span([case['load'] for case in cases.values()])}.")
     return "\n".join(lines) + "\n"
+
+
+def _span(values: list[float]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
 def _rows(cases: Any) -> list[dict[str, Any]]:
@@ -283,24 +288,18 @@ def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure a section's cases; yields the record after each."""
     _, cases, rounds = SECTIONS[name]
     if options.quick:
-        small = [replace(case, shape="narrow", depth=min(case.depth, 2), tokens=case.tokens // 64) for case in cases]
-        cases, rounds = list(dict.fromkeys(small)), Rounds(2, 2)
+        cases = [replace(case, shape="narrow", depth=1, tokens=case.tokens // 64, ratios=(0.5,)) for case in cases[::9]]
+        rounds = Rounds(2, 2)
     path = None if options.out is None else options.out / "speed.json"
     record = {} if path is None else read_record(path)
-    known, here = record.get(name, {}), machine()
-    measured = record[name] = {
-        case.name: known[case.name]
-        for case in cases
-        if case.name in known and known[case.name]["machine"] == here and not options.again
-    }
-    yield record
+    found, here = record.get(name, {}), machine()
     for case in tqdm(cases, desc=name):
-        if case.name in measured:
-            continue
-        before, command = load(), f"python examples/benchmarks/speed.py{'' if name == 'readme' else f' --{name}'}"
-        entry = {"case": asdict(case), "command": command, "machine": here, "load": before}
-        measured[case.name] = entry | {"rows": measure(case, rounds)}
-        record[name] = {case.name: measured[case.name] for case in cases if case.name in measured}
+        known = found.get(case.name)
+        if known is None or known["machine"] != here or options.again:
+            before, command = load(), f"python examples/benchmarks/speed.py{'' if name == 'readme' else f' --{name}'}"
+            entry = {"case": asdict(case), "command": command, "machine": here, "load": before}
+            found[case.name] = entry | {"rows": measure(case, rounds)}
+        record[name] = {case.name: found[case.name] for case in cases if case.name in found}
         yield record
 
 
@@ -308,9 +307,11 @@ def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", action="store_true", help="shapes, tokens, batches and dtypes instead")
-    parser.add_argument("--scaling", action="store_true", help="tokens and blocks instead")
+    parser.add_argument("--scaling", action="store_true", help="tokens, blocks and scopes instead")
     parser.add_argument("--again", action="store_true", help="measure cases anew that were measured")
-    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it runs; written only with --out")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few, tiny, to see that it runs; written only with --out"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder of speed.md and speed.json (this one)")
     options = parser.parse_args()
