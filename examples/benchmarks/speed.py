@@ -288,7 +288,10 @@ def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure a section's cases; yields the record after each."""
     _, cases, rounds = SECTIONS[name]
     if options.quick:
-        cases = [replace(case, shape="narrow", depth=1, tokens=case.tokens // 64, ratios=(0.5,)) for case in cases[::9]]
+        cases = [
+            replace(case, shape="narrow", depth=min(case.depth, 3), tokens=case.tokens // 64, ratios=(0.5,))
+            for case in cases[::9]
+        ]
         rounds = Rounds(2, 2)
     path = None if options.out is None else options.out / "speed.json"
     record = {} if path is None else read_record(path)
