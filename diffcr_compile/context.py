@@ -8,7 +8,7 @@ another graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .guards import Guards
-from .settings import settings_of
+from .settings import setting, settings_of
 
 ContextKey = tuple[Any, ...]
 
@@ -31,10 +31,9 @@ class ContextGraph:
 
     graph: placeholders are the block's ``attributes`` (names of parameters and buffers), ``constants``, the positions kept (B, K),
     the call's tensors, those of them that follow the tokens once more, indexed, and the keys and values that are remembered;
-    returns the block's output tensors at the kept tokens, then the kept tokens' keys and values. given: what it was called with
-    beside tensors when it was exported, as settings; guards: what holds of the sizes of a call's tensors. fill: where any are
-    remembered, the block as it is; takes the attributes, constants and tensors, returns the outputs and keys and values of all
-    tokens.
+    returns the block's output tensors at the kept tokens, then the kept tokens' keys and values. given: the open settings of the
+    call that it was exported with; guards: what holds of the sizes of its tensors. fill: where any are remembered, the block as it
+    is; takes the attributes, constants and tensors, returns the outputs and keys and values of all tokens.
     """
 
     graph: fx.GraphModule
@@ -90,6 +89,11 @@ def context_key(module: nn.Module) -> ContextKey:
         len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules() if part is not module
     )
     return parts, hooks, tuple((parameter.dtype, parameter.device) for parameter in module.parameters())
+
+
+def open_settings(leaves: Iterable[Any]) -> tuple[object, ...]:
+    """What a call's leaves say that their signature leaves open, beside tensors: an export writes it into its graph."""
+    return tuple(setting(leaf) for leaf in leaves if not isinstance(leaf, Tensor | bool | int | str))
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor:

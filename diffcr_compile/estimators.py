@@ -102,8 +102,7 @@ ESTIMATORS: dict[Estimator, Estimate] = {"two-bin": two_bin, "single-pass": sing
 def estimate(
     name: Estimator, module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The block's output by the estimator of that name, after its graph for full context has been brought up to date."""
-    prepare_context(module, routing, args, kwargs)
+    """The block's output by the estimator of that name."""
     return ESTIMATORS[name](module, routing, args, kwargs)
 
 
@@ -116,8 +115,9 @@ def _run(
     recalled: Recalled | None,
 ) -> Any:
     """The block at a bin: by its graph where the blocks are lowered, of which there are as many as bins."""
+    context = prepare_context(module, routing, args, kwargs)
     run = forward_at if routing.compiled is None or torch.compiler.is_compiling() else routing.compiled
-    return run(module, ratio, args, kwargs, recalled)
+    return run(module, ratio, args, kwargs, recalled, context)
 
 
 def _look(routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recalled | None:

@@ -129,7 +129,6 @@ class Lowered:
     bound: bool = False
     set_aside: Any = None
     graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-    given: dict[Any, object] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lowered:
         return Lowered(self.scope, self.options, self.clone_outputs, self.active, self.bound)
@@ -176,7 +175,13 @@ class Lowered:
             regional.remove(model)
 
     def run_block(
-        self, module: nn.Module, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], recalled: Recalled | None
+        self,
+        module: nn.Module,
+        ratio: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recalled: Recalled | None,
+        context: ContextGraph | None,
     ) -> Any:
         """One block, by the graph of its family at this ratio; whatever that is, it runs dense to fill an empty memory."""
         routing: BlockRouting = module.__dict__[STATE]
@@ -185,15 +190,15 @@ class Lowered:
         if ratio == 0 and recalled is None:
             return self._graph((programs, shapes), _plain_body)(routing.base, module, args, kwargs)
         memory = (recalled is None, recalled is not None and recalled[1])
-        key = (programs, ratio, tuple(routing.contexts.values()), memory, shapes)
+        key = (programs, ratio, context, memory, shapes)
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         try:
-            return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, vector)
+            return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, context, vector)
         except torch._dynamo.exc.Unsupported:
             routing.program(bind_arguments(routing.positional, args, kwargs))  # a new kind of call is analysed eagerly
             if len(routing.programs) == len(programs):
                 raise
-        return self.run_block(module, ratio, args, kwargs, recalled)
+        return self.run_block(module, ratio, args, kwargs, recalled, context)
 
     def run_model(
         self, model: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -207,35 +212,24 @@ class Lowered:
         recalled: dict[int, Recalled] | None = {}
         if trajectory is not None:
             recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
+        settings = None  # that rewritten graphs hold
+        if state.config.context != "kept":
+            settings = _settings(bind_arguments(state.positional, args, kwargs))
         with pin_region(state, region, row):
-            if (
-                recalled is None
-                or not contexts_are_current(model, state, row)
-                or self._is_given_other(model, state, args, kwargs)
-            ):
+            if recalled is None or not contexts_are_current(model, state, row):
                 return base(model, *args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
             state.current.recalled = recalled
             first = trajectory is not None and trajectory.first
             seen = region if state.config.router == "timestep" else None
-            key = (row, seen, first, trajectory is None, _contexts(state), shapes)
+            key = (row, seen, first, trajectory is None, settings, _contexts(state), shapes)
             known = (state.num_programs, _contexts(state))
             try:
                 output = self._graph(key, _plain_body)(base, model, args, kwargs)
             except torch._dynamo.exc.Unsupported:
-                output = base(model, *args, **kwargs)  # a new kind of call is analysed eagerly
+                output = base(model, *args, **kwargs)  # a new kind of call is analysed, or a graph rewritten, eagerly
                 if (state.num_programs, _contexts(state)) == known:
                     raise
         return _clone(output) if self.clone_outputs else output
-
-    def _is_given_other(
-        self, model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        """Whether a call holds other values beside its tensors than the last one, which rewritten graphs hold."""
-        if state.config.context == "kept":
-            return False
-        bound = bind_arguments(state.positional, args, kwargs)
-        before, self.given = self.given or _settings(state.example_inputs), _settings(bound)
-        return before != self.given
 
     def _graph(self, key: Any, body: Callable[..., Any]) -> Callable[..., Any]:
         graph = self.graphs.get(key)
@@ -280,9 +274,10 @@ def _block_body(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     recalled: Recalled | None,
+    context: ContextGraph | None,
     vector: Tensor | None,
 ) -> Any:
-    return forward_at(module, ratio, args, kwargs, recalled, vector)
+    return forward_at(module, ratio, args, kwargs, recalled, context, vector)
 
 
 def _plain_body(base: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -328,10 +323,10 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     return types.FunctionType(code, function.__globals__, code.co_name)
 
 
-def _settings(inputs: dict[str, Any]) -> dict[Any, object]:
+def _settings(inputs: dict[str, Any]) -> frozenset[Any]:
     """What a call holds beside tensors."""
     leaves = iterate_leaves(inputs)
-    return {path: setting(leaf) for path, leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)}
+    return frozenset((path, setting(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor))
 
 
 def _clone(output: Any) -> Any:

@@ -20,14 +20,13 @@ from torch import Tensor, fx, nn
 
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
-from .context import MOST_GRAPHS, ContextGraph, ContextKey, context_key
+from .context import MOST_GRAPHS, ContextGraph, ContextKey, context_key, open_settings
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
 from .plan import BlockPlan, ModelPlan
 from .primitives import OneByOne
 from .ratios import capacity, nearest_bin
 from .router import Router
-from .settings import setting
 from .trajectory import Trajectory
 
 STATE = "_diffcr"
@@ -49,6 +48,9 @@ _LOOKING = threading.RLock()
 
 Recalled = tuple[Memory, bool]
 """A block's memory in this forward, and whether it is empty: then the block runs dense, and fills it."""
+
+ContextKind = tuple[Signature, tuple[object, ...]]
+"""What a rewritten graph is for: a kind of call, and what such a call leaves open beside tensors."""
 
 
 class Current(threading.local):
@@ -123,11 +125,6 @@ class Program:
         if output.source is not None:
             return values[output.source]
         return tokens.new_zeros(*tokens.shape[:-1], int(output.dims[-1]))
-
-    def given(self, bound: dict[str, Any]) -> tuple[object, ...]:
-        """What a bound call holds beside tensors, as settings: an export writes it into its graph."""
-        values = [leaf for _, leaf in iterate_leaves(bound) if leaf is not None]
-        return tuple(setting(value) for value, leaf in zip(values, self.plan.leaves, strict=True) if not leaf.is_tensor)
 
     def values(self, bound: dict[str, Any], fqn: str) -> list[Any]:
         """The leaves of a bound call, after a check that the lengths which follow the tokens do so here; what the caller leaves to
@@ -344,7 +341,7 @@ class BlockRouting(_Whole):
     model: ModelRouting
     ratios: tuple[int, ...]
     compiled: Callable[..., Any] | None = None
-    contexts: dict[Signature, tuple[ContextGraph, ...]] = field(default_factory=dict)
+    contexts: dict[ContextKind, tuple[ContextGraph, ...]] = field(default_factory=dict)
 
     def ratio(self) -> int:
         """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
@@ -364,17 +361,17 @@ class BlockRouting(_Whole):
             program = self._analysed(bound)
         return program
 
-    def contexts_at(self, key: ContextKey) -> dict[Signature, tuple[ContextGraph, ...]]:
+    def contexts_at(self, key: ContextKey) -> dict[ContextKind, tuple[ContextGraph, ...]]:
         """The rewritten graphs in force that are of modules in this state."""
         return {
-            signature: graphs
-            for signature, graphs in self.contexts.items()
-            if set(graphs) <= set(self.programs[signature].contexts.get((key, graphs[0].given), ()))
+            (signature, given): graphs
+            for (signature, given), graphs in self.contexts.items()
+            if set(graphs) <= set(self.programs[signature].contexts.get((key, given), ()))
         }
 
     def context(self, plan: BlockPlan, values: Sequence[Any]) -> ContextGraph | None:
-        """The rewritten graph in force for a call with these leaves, if there is one for its sizes."""
-        return _of_sizes(self.contexts.get(plan.signature, ()), plan, values)
+        """The rewritten graph in force for a call with these leaves, if there is one for what it holds and for its sizes."""
+        return _of_sizes(self.contexts.get((plan.signature, open_settings(values)), ()), plan, values)
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, list[Any]]:
         """The program for a call of this block, and the call's leaves in the order of the program's plan."""
@@ -458,10 +455,10 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
                 routing.model.current.recalled
             )  # read by number only where it holds any: Dynamo would guard on the number
             return forward_at(self, routing.ratio(), args, kwargs, recalled.get(routing.index) if recalled else None)
-        ratio, mine = prepare(self, routing, args, kwargs)
+        ratio, recalled, context = prepare(self, routing, args, kwargs)
         if routing.compiled is not None and not routing.model.observers:
-            return routing.compiled(self, ratio, args, kwargs, mine)
-        return forward_at(self, ratio, args, kwargs, mine)
+            return routing.compiled(self, ratio, args, kwargs, recalled, context)
+        return forward_at(self, ratio, args, kwargs, recalled, context)
 
     # Pickling a bound method stores its name alone; under the name "forward" it would come back as the dense forward.
     forward.__name__ = "diffcr_routed_forward"
@@ -470,32 +467,36 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
 
 def prepare(
     module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, Recalled | None]:
+) -> tuple[int, Recalled | None, ContextGraph | None]:
     """What a forward of this block needs that no compiled graph can make: its ratio, its memory, its rewritten graph."""
     ratio, state = routing.ratio(), routing.model
     trajectory = state.rehearsal or state.current.trajectory
     remembers = trajectory is not None and (trajectory.fills or any(routing.ratios))
     if not remembers and (ratio == 0 or state.config.context == "kept"):
-        return ratio, None
+        return ratio, None, None
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
-    context = routing.context(program.plan, values)
-    if trajectory is None or trajectory.first or context is None or context.given != program.given(bound):
-        _write_context(module, routing, program, bound, values)  # adapters come and go between trajectories
+    context = None
+    if trajectory is not None and not trajectory.first:  # adapters are put on and taken off between trajectories
+        context = routing.context(program.plan, values)
+    if context is None:
+        context = _write_context(module, routing, program, values)
     if trajectory is None or not remembers:
-        return ratio, None
-    if state.rehearsal is not None:
-        return ratio, state.rehearsal.look(routing.index, program.plan, values, state.config)
-    return ratio, trajectory.recall(routing.index, program.plan, values, state.config)
+        return ratio, None, context
+    memories = state.rehearsal.look if state.rehearsal is not None else trajectory.recall
+    return ratio, memories(routing.index, program.plan, values, state.config), context
 
 
-def prepare_context(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """With context from every token: have the block's graph rewritten as its modules now are."""
-    if routing.model.config.context != "kept":
-        bound = bind_arguments(routing.positional, args, kwargs)
-        program = routing.program(bound)
-        _write_context(module, routing, program, bound, program.values(bound, routing.fqn))
+def prepare_context(
+    module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ContextGraph | None:
+    """With context from every token: the block's rewritten graph for this call, as its modules now are."""
+    if routing.model.config.context == "kept":
+        return None
+    bound = bind_arguments(routing.positional, args, kwargs)
+    program = routing.program(bound)
+    return _write_context(module, routing, program, program.values(bound, routing.fqn))
 
 
 def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, ...]) -> bool:
@@ -514,23 +515,27 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
 
 
 def _write_context(
-    module: nn.Module, routing: BlockRouting, program: Program, bound: dict[str, Any], values: list[Any]
-) -> None:
+    module: nn.Module, routing: BlockRouting, program: Program, values: list[Any]
+) -> ContextGraph | None:
+    """The rewritten graph for a call with these leaves of the block as its modules now are, in force from now on; None where it takes
+    none."""
     plan = program.plan
     if plan.context == "kept":
-        return
-    key, given = context_key(module), program.given(bound)
+        return None
+    key, given = context_key(module), open_settings(values)
     known = program.contexts.get((key, given), ())
-    if _of_sizes(known, plan, values) is None:
+    context = _of_sizes(known, plan, values)
+    if context is None:
         if len(known) >= MOST_GRAPHS:
             raise UnsupportedError(
                 f"{routing.fqn} does something else at other sizes ({_broken(known, plan, values)}), and has been looked at for "
                 f"{MOST_GRAPHS} of them, and no more are kept. Use fewer sizes, or context='kept'."
             )
         assert routing.model.rebuild is not None
-        known = (*known, routing.model.rebuild(module, routing.fqn, plan, values, _broken(known, plan, values)))
-        program.contexts[key, given] = known
-    routing.contexts = {**routing.contexts_at(key), plan.signature: known}
+        context = routing.model.rebuild(module, routing.fqn, plan, values, _broken(known, plan, values))
+        known = program.contexts[key, given] = (*program.contexts.get((key, given), ()), context)
+    routing.contexts = {**routing.contexts_at(key), (plan.signature, given): known}
+    return context
 
 
 def _of_sizes(graphs: Sequence[ContextGraph], plan: BlockPlan, values: Sequence[Any]) -> ContextGraph | None:
@@ -550,10 +555,11 @@ def forward_at(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     recalled: Recalled | None = None,
+    context: ContextGraph | None = None,
     vector: Tensor | None = None,
 ) -> Any:
-    """The block ``module`` at a ratio in thousandths: the original call at zero, else its program. ``vector``: of its router, where
-    the region is not to be read here."""
+    """The block ``module`` at a ratio in thousandths: the original call at zero, else its program. ``context``: its rewritten graph
+    for this call, else the one in force is taken; ``vector``: of its router, where the region is not to be read here."""
     routing: BlockRouting = module.__dict__[STATE]
     memory, empty = recalled or (None, False)
     if ratio == 0 and memory is None and not routing.model.observers:
@@ -568,11 +574,11 @@ def forward_at(
         k = 1
     if k == num_tokens or empty:
         k, kept = num_tokens, None
-        output = _run_dense(module, routing, program, values, args, kwargs, recalled)
+        output = _run_dense(module, routing, program, values, args, kwargs, recalled, context)
     elif k == 0:
         output, kept = program.skip(values, memory), None
     else:
-        block = _block(module, routing, plan, values)
+        block = _block(module, routing, program, values, context)
         if memory is None and routing.model.config.skip == "reuse":
             memory = blank(plan, values)
         output, kept = program(block, router_vector(module) if vector is None else vector, k, values, memory)
@@ -581,13 +587,15 @@ def forward_at(
     return output
 
 
-def _block(module: nn.Module, routing: BlockRouting, plan: BlockPlan, values: list[Any]) -> Callable[..., Any]:
+def _block(
+    module: nn.Module, routing: BlockRouting, program: Program, values: list[Any], context: ContextGraph | None
+) -> Callable[..., Any]:
     """What a program calls: the block's own forward, or with context from every token its rewritten graph."""
-    if plan.context == "kept":
+    if program.plan.context == "kept":
         block: Callable[..., Any] = functools.partial(routing.base, module)
     else:
-        block = _context_of(routing, plan, values).bind(module)
-    return OneByOne(block) if plan.lift == "vmap" and _has_quantised_weights(module) else block
+        block = (context or _context_of(routing, program, values)).bind(module)
+    return OneByOne(block) if program.plan.lift == "vmap" and _has_quantised_weights(module) else block
 
 
 def _has_quantised_weights(module: nn.Module) -> bool:
@@ -600,12 +608,13 @@ def _has_quantised_weights(module: nn.Module) -> bool:
     return any(hasattr(type(parameter), "__tensor_flatten__") for parameter in module.parameters())
 
 
-def _context_of(routing: BlockRouting, plan: BlockPlan, values: list[Any]) -> ContextGraph:
-    context = routing.context(plan, values)
+def _context_of(routing: BlockRouting, program: Program, values: list[Any]) -> ContextGraph:
+    """The rewritten graph in force for a call with these leaves."""
+    context = routing.context(program.plan, values)
     if context is None:
         raise CaptureError(
-            f"{routing.fqn}: its graph for context from every token is written at the first eager forward with such sizes, and "
-            "there was none since the model was loaded. Run it once before it is compiled or exported."
+            f"{routing.fqn}: its graph for context from every token is written at the first eager forward, and there was none "
+            "with such sizes and arguments since the model was transformed or loaded. Run it once before it is compiled or exported."
         )
     return context
 
@@ -618,6 +627,7 @@ def _run_dense(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     recalled: Recalled | None,
+    context: ContextGraph | None,
 ) -> Any:
     """The original call on the original tensors; where there is a memory, every token's update is remembered."""
     if recalled is None:
@@ -628,7 +638,8 @@ def _run_dense(
     if plan.in_place:
         before = [tensor.clone() for tensor in before]
     if plan.states:
-        tensors = list(_context_of(routing, plan, values).run_dense(module, plan.tensors(values)))
+        context = context or _context_of(routing, program, values)
+        tensors = list(context.run_dense(module, plan.tensors(values)))
         output = program.output(tensors)
         remember_all_context(memory, tensors[len(plan.outputs) :])
     else:

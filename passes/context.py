@@ -37,10 +37,9 @@ from torch.export import ExportedProgram
 
 from .. import primitives
 from ..arguments import map_leaves
-from ..context import ContextGraph
+from ..context import ContextGraph, open_settings
 from ..defaults import on_cpu
 from ..plan import BlockPlan, StatePlan
-from ..settings import setting
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
 from .export import duplicate, export_block, guards_of
@@ -221,7 +220,7 @@ class _Writer:
         self.graph.output((*results, *(self.kept(node) for node in self.states)))
         self.graph.lint()
         graph = fx.GraphModule({}, self.graph, class_name="Context")
-        given = tuple(setting(leaf) for _, leaf in self.block.call_leaves if not isinstance(leaf, TensorInfo))
+        given = open_settings(leaf for _, leaf in self.block.call_leaves if not isinstance(leaf, TensorInfo))
         guards = guards_of(self.block, {leaf.path: leaf.batch_axis for leaf in self.block.leaves})
         context = ContextGraph(graph, self.attributes, self.constants, given, guards, self._write_fill())
         return context, tuple(self.states.values())

@@ -119,7 +119,8 @@ def route_blocks(
         )
         bind(module, routing, routers[index])
         if context_graphs and not _trains(module) and (graph := context_graphs[site.family]) is not None:
-            program.contexts[context_key(module), graph.given] = routing.contexts[program.plan.signature] = (graph,)
+            program.contexts[context_key(module), graph.given] = (graph,)
+            routing.contexts[program.plan.signature, graph.given] = (graph,)
         state.blocks.append(routing)
 
 

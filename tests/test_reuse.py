@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ from torch import Tensor
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig
+from diffcr_compile import routed as runtime
+from diffcr_compile.lower import Lowered
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
@@ -484,6 +487,50 @@ def test_nor_is_it_when_lowered(scope: str) -> None:
     with torch.no_grad():
         for strength in (2.0, 1.0, 1.0, 2.0):
             assert relative_error(model(x, strength=strength), eager(x, strength=strength)) < TOLERANCE
+
+
+@pytest.mark.parametrize("scope", [None, "regional", "full"])
+def test_nor_is_it_where_another_thread_gives_another_number_meanwhile(
+    scope: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    (model, x), (eager, _) = scaled_model(), scaled_model()
+    if scope is not None:
+        diffcr_compile.lower(model, scope=scope, backend="aot_eager")
+    place, name = (runtime, "forward_at") if scope is None else (Lowered, "_graph")
+    go_on, others = getattr(place, name), []
+
+    def interrupt(*call: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                others.append(pool.submit(run, model, 2.0).result())
+        return go_on(*call)
+
+    def run(model: ScaledDiT, strength: float) -> Tensor:
+        with torch.no_grad():
+            return model(x, strength=strength)
+
+    expected = {strength: run(eager, strength) for strength in (1.0, 2.0, 3.0)}
+    for strength in (2.0, 1.0):
+        run(model, strength)
+    monkeypatch.setattr(place, name, interrupt)
+    for strength in (1.0, 3.0):
+        assert relative_error(run(model, strength), expected[strength]) < TOLERANCE
+    assert others
+    assert all(relative_error(other, expected[2.0]) < TOLERANCE for other in others)
+
+
+def test_nor_is_it_in_a_graph_of_ones_own() -> None:
+    torch._dynamo.reset()
+    (model, x), (eager, _) = scaled_model(), scaled_model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        assert relative_error(compiled(x, strength=1.0), eager(x, strength=1.0)) < TOLERANCE
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="CaptureError"):
+            compiled(x, strength=2.0)
+        model(x, strength=2.0)
+        for strength in (2.0, 1.0):
+            assert relative_error(compiled(x, strength=strength), eager(x, strength=strength)) < TOLERANCE
 
 
 def test_dropout_is_not_lost_in_training() -> None:
