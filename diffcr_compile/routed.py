@@ -517,8 +517,8 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
 def _write_context(
     module: nn.Module, routing: BlockRouting, program: Program, values: list[Any]
 ) -> ContextGraph | None:
-    """The rewritten graph for a call with these leaves of the block as its modules now are, in force from now on; None where it takes
-    none."""
+    """The rewritten graph for a call with these leaves of the block as its modules now are, in force from now on; None where it
+    takes none."""
     plan = program.plan
     if plan.context == "kept":
         return None
@@ -614,7 +614,7 @@ def _context_of(routing: BlockRouting, program: Program, values: list[Any]) -> C
     if context is None:
         raise CaptureError(
             f"{routing.fqn}: its graph for context from every token is written at the first eager forward, and there was none "
-            "with such sizes and arguments since the model was transformed or loaded. Run it once before it is compiled or exported."
+            "with such sizes and arguments since the model was transformed or loaded. Run it so before it is compiled or exported."
         )
     return context
 
