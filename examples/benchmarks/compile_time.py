@@ -1,6 +1,6 @@
 """What compiling costs: by scope and number of blocks, in a first process and in a second one that finds the first one's caches.
 
-    python examples/benchmarks/compile_time.py          # five minutes on two idle cores
+    python examples/benchmarks/compile_time.py          # eight minutes on two idle cores
     python examples/benchmarks/compile_time.py --quick  # to see that it runs
 
 Every row is two processes, one after the other, with one folder of Inductor's caches (``TORCHINDUCTOR_CACHE_DIR``) that was empty

@@ -1,7 +1,7 @@
 """Time of one sampling: ours, alone and beneath caches, against the rivals, all compiled, on a DiT of diffusers on the CPU.
 
-    pip install --no-deps tomesd cache-dit          # what is missing is left out
-    python examples/benchmarks/rivals.py            # ten minutes on two idle cores
+    pip install --no-deps tomesd cache-dit          # what is missing is left out; cache-dit needs transformers too
+    python examples/benchmarks/rivals.py            # a quarter of an hour on two idle cores
     python examples/benchmarks/rivals.py --quick    # to see that it runs
 
 Weights are random (``inside.py`` measures quality): what a method computes, and how long that takes. FLOPs are those of the

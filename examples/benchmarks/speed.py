@@ -2,7 +2,7 @@
 
     python examples/benchmarks/speed.py            # DiT-S/2, 1024 tokens, batch 2, float32: three minutes on two idle cores
     python examples/benchmarks/speed.py --grid     # shapes, tokens, batches, dtypes: a quarter of an hour
-    python examples/benchmarks/speed.py --scaling  # 256 to 65536 tokens, 2 to 24 blocks, lowered whole: six minutes
+    python examples/benchmarks/speed.py --scaling  # 256 to 65536 tokens, 2 to 24 blocks, lowered whole: seven minutes
 
 Every round runs the dense model and each uniform ratio once, eager and lowered, in turn, so that whatever else the
 machine does falls on all alike; but two threads wait for each other, so only an idle machine gives the true figure (the
