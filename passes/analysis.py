@@ -6,6 +6,7 @@ the last changes the model. A pass on a block says "this one stays dense" by rai
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +102,13 @@ class ModelAnalysis:
 State = TypeVar("State")
 
 
+def release_memory() -> None:
+    """Give back to the system what has been freed, which the C library would keep beside what large passes leave behind."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def run_passes(passes: Sequence[Callable[[State], State]], state: State) -> State:
     """Run ``passes`` in order. Logs (logger ``diffcr_compile``) each one's number, name and seconds; at debug level the
     state before and after, where it changed. An exception names the pass it came from."""
@@ -111,6 +119,7 @@ def run_passes(passes: Sequence[Callable[[State], State]], state: State) -> Stat
         except Exception as error:
             error.add_note(f"raised by pass {number} of {len(passes)}, {step.__name__}")
             raise
+        release_memory()
         log.info("pass %d/%d %s: %.2f s", number, len(passes), step.__name__, time.perf_counter() - start)
         if before and (after := str(state)) != before:
             log.debug("before %s:\n%s\nafter:\n%s", step.__name__, before, after)

@@ -31,7 +31,7 @@ from ..plan import BlockPlan, LeafPlan, Lift
 from ..primitives import place_indices, put_tokens, score_tokens, select_tokens, take_tokens
 from ..routed import ROUTER, Program
 from ..router import Router
-from .analysis import Refused, TensorInfo, log
+from .analysis import Refused, TensorInfo, log, release_memory
 from .block import BlockAnalysis
 from .program import write_program
 from .tokens import plan_leaves
@@ -387,6 +387,7 @@ class Trial:
                 f"it does not run on {self.num_tokens} or {NUM_KEPT} tokens: windows, a grid, or positions made for one length "
                 f"({first_line(error)})"
             ) from error
+        release_memory()
         return [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
 
     def _index(self, leaf: LeafPlan, value: Any, indices: Tensor) -> Any:
@@ -402,36 +403,62 @@ class Trial:
 
 def randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A float32 CPU copy in eval mode with every float parameter drawn anew, of the scale of a usual initialisation, and every
-    buffer that holds but one value: a gate may be switched off by either."""
-    duplicate = copy.deepcopy(module)
-    for part in duplicate.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            if is_traceable_wrapper_subclass(
-                parameter
-            ):  # quantised: what the block does with weights is proved on plain ones
-                plain = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                setattr(part, name, nn.Parameter(plain, requires_grad=False))
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        duplicate = duplicate.to_empty(device="cpu")
-        for tensor in (*duplicate.parameters(), *duplicate.buffers()):
-            tensor.detach().zero_()
-    duplicate = duplicate.to(device="cpu").float().eval()
+    buffer that holds but one value: a gate may be switched off by either. Quantised parameters become plain ones: what the block
+    does with its weights is proved on these.
+
+    Weights of one scale are parts of one pool of values, each from another place: a large block's would take as much memory again.
+    """
+    weights = [tensor for tensor in module.parameters() if tensor.dtype.is_floating_point and tensor.ndim >= 2]
+    memo: dict[int, Any] = {}
+    for scale in sorted({_scale(weight) for weight in weights}):
+        alike = [weight for weight in weights if _scale(weight) == scale]
+        size = max(weight.numel() for weight in alike) + _STEP * len(alike)
+        pool = torch.randn(size, generator=generator, dtype=torch.float32).mul_(scale)
+        for place, weight in enumerate(alike):
+            drawn = pool.narrow(0, place * _STEP, weight.numel()).view(weight.shape)
+            memo[id(weight)] = nn.Parameter(drawn, requires_grad=False)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in memo:
+            values = _values(tensor)
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(_draw_vector(values, generator), requires_grad=False)
+            else:
+                memo[id(tensor)] = _draw_constant(values, generator)
+    duplicate = copy.deepcopy(module, memo).eval()
     for submodule in duplicate.modules():
         submodule._forward_hooks.clear()
         submodule._forward_pre_hooks.clear()
-    with torch.no_grad():
-        for parameter in duplicate.parameters():
-            if not parameter.dtype.is_floating_point:
-                continue
-            if parameter.ndim >= 2:
-                parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5, generator=generator)
-            else:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                parameter.copy_(0.2 * noise + parameter.abs().clamp(max=1.0))
-        for buffer in duplicate.buffers():
-            if buffer.dtype.is_floating_point and buffer.numel() and bool((buffer == buffer.flatten()[0]).all()):
-                buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float32) + 0.5)
-    return duplicate.requires_grad_(False)
+    return duplicate
+
+
+_STEP = 9973
+"""Values by which the places of weights in their pool differ: a prime number, so that no two have equal rows."""
+
+
+def _scale(weight: Tensor) -> float:
+    """Standard deviation of a usual initialisation."""
+    return float(max(weight.shape[1:].numel(), 1) ** -0.5)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in float32 where it has floating numbers; zeros where there are no values to be had."""
+    dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+        return torch.zeros(tensor.shape, dtype=dtype)
+    return tensor.detach().to(device="cpu", dtype=dtype, copy=True)
+
+
+def _draw_vector(values: Tensor, generator: torch.Generator) -> Tensor:
+    if not values.dtype.is_floating_point:
+        return values
+    noise = torch.randn(values.shape, generator=generator, dtype=torch.float32)
+    return 0.2 * noise + values.abs().clamp(max=1.0)
+
+
+def _draw_constant(values: Tensor, generator: torch.Generator) -> Tensor:
+    if values.dtype.is_floating_point and values.numel() and bool((values == values.flatten()[0]).all()):
+        return torch.rand(values.shape, generator=generator, dtype=torch.float32) + 0.5
+    return values
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -116,6 +116,23 @@ def test_a_randomised_copy_leaves_the_original_alone() -> None:
     assert not copy.training
 
 
+def test_weights_of_a_randomised_copy_share_memory_and_no_values() -> None:
+    """Eight weights of one size take little more than one; one that is used twice stays one, on the meta device too."""
+    layers = [nn.Linear(256, 512) for _ in range(8)]
+    for device in ("cpu", "meta"):
+        block = nn.Sequential(*layers, nn.LayerNorm(512), nn.BatchNorm1d(512), nn.Linear(512, 4), layers[0]).to(device)
+        copy = randomised_copy(block, torch.Generator().manual_seed(0))
+        weights = [part.weight for part in copy if isinstance(part, nn.Linear)]
+        assert weights[0] is weights[-1]
+        rows = torch.cat(weights[:8])
+        assert len(rows.unique(dim=0)) == len(rows)
+        assert all(abs(float(weight.std()) * weight.shape[1] ** 0.5 - 1) < 0.1 for weight in weights)
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in copy.state_dict().values()}
+        assert sum(storage.nbytes() for storage in held.values()) < 2 * weights[0].nbytes
+        assert not any(tensor.is_meta or tensor.requires_grad for tensor in (*copy.parameters(), *copy.buffers()))
+        assert copy[9].num_batches_tracked.dtype == torch.int64
+
+
 @pytest.mark.parametrize(
     ("found", "expected", "error"),
     [
