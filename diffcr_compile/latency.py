@@ -143,8 +143,9 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _compiled_by_block(model: nn.Module, state: ModelRouting) -> Iterator[None]:
     """Inside, a model lowered whole has its blocks compiled one by one instead."""
-    if state.lowered is None or state.lowered.scope == "regional":
+    lowered = state.lowered
+    if lowered is None or lowered.scope == "regional":
         yield
         return
-    with unlowered(model, state) as lowered, lowered.by_block(model):
+    with unlowered(model, state), lowered.by_block(model):
         yield

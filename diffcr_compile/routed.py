@@ -532,7 +532,8 @@ def _write_context(
                 f"{MOST_GRAPHS} of them, and no more are kept. Use fewer sizes, or context='kept'."
             )
         assert routing.model.rebuild is not None
-        context = routing.model.rebuild(module, routing.fqn, plan, values, _broken(known, plan, values))
+        broken, proved = _broken(known, plan, values), bool(known) or not program.contexts
+        context = routing.model.rebuild(module, routing.fqn, plan, values, broken, proved)
         known = program.contexts[key, given] = (*program.contexts.get((key, given), ()), context)
     routing.contexts = {**routing.contexts_at(key), (plan.signature, given): known}
     return context

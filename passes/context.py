@@ -25,6 +25,7 @@ A second graph, the block as it is with its keys and values for further outputs,
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -96,38 +97,55 @@ def prove_same_context(block: BlockAnalysis) -> None:
 def rebuild_context(
     module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], config: Any, *, proved: bool = False
 ) -> ContextGraph:
-    """The graph for a block whose modules, dtypes or device have changed since its plan was proved, or at sizes of which its graph
-    is not, where the plan is to be ``proved`` anew (but in training, where dropout has no two runs alike); raises Refused.
+    """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused.
 
-    Written outside any fake tensors around the call: the graph is kept for calls that are real.
+    proved: as in the analysis, for a plan that was loaded, or sizes of which no graph is; but not in training, where dropout has no
+    two runs alike, nor where hooks stand around forwards and move weights. Written outside any fake tensors around the call: the
+    graph is kept for calls that are real.
     """
     with unset_fake_temporarily():
-        return _rebuild(module, fqn, plan, values, config, proved)
+        leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
+        block = _read(module, fqn, plan, leaves, config)
+        graph, states = write_context(block)
+        if list(map(_fixed_sizes, states)) != list(map(_fixed_sizes, plan.states)):
+            raise Refused("its keys and values have other shapes than those that are remembered")
+        parts = [part for part in module.modules() if part is not module]
+        if proved and not any(part.training or "forward" in vars(part) for part in parts):
+            _prove_rewritten(duplicate(block), fqn, plan, leaves, config)
+    return graph
 
 
-def _rebuild(
-    module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], config: Any, proved: bool
-) -> ContextGraph:
-    leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
+def _read(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], config: Any) -> BlockAnalysis:
+    """The analysis of a block that has a plan, as far as its graph is to be rewritten. Refuses one with another plan."""
     arguments = map_leaves(lambda _, index: None if index is None else leaves[index], plan.arguments)
     call = Call(fqn, arguments, plan.output_template, 0)
-    branch = plan.is_branch
-    block = BlockAnalysis(module, fqn, call, config, attention=plan.attention, is_branch=branch)
+    block = BlockAnalysis(module, fqn, call, config, attention=plan.attention, is_branch=plan.is_branch)
     block = export_block(block, as_it_is=True)
     dims = block.leaf_dims[plan.stream]
     token, batch = dims[plan.token_axis], dims[plan.batch_axis]
     block = replace(block, token_symbols=frozenset(token.free_symbols))
     block = plan_leaves(replace(block, stream=plan.stream, token=token, batch=batch))
-    graph, states = write_context(block)
-    if list(map(_fixed_sizes, states)) != list(map(_fixed_sizes, plan.states)):
-        raise Refused("its keys and values have other shapes than those that are remembered")
-    if proved and not any(part.training for part in module.modules()):
-        try:
-            with on_cpu():
-                Trial(replace(block, module=duplicate(block))).check_context(plan, graph)
-        except Exception as error:  # whatever the block's code does
-            raise Refused(first_line(error)) from error
-    return graph
+    for found, known in zip(block.leaves, plan.leaves, strict=True):
+        if (found.token_axes, found.batch_axis) != (known.token_axes, known.batch_axis):
+            raise Refused(f"its input {known.name!r} follows the tokens in another way")
+    return block
+
+
+@on_cpu()
+def _prove_rewritten(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], config: Any) -> None:
+    """Refuses a block whose rewritten graph is not right at these sizes. In float32, where rounding tells nothing: a graph holds
+    the dtypes that its block casts to."""
+    if any(parameter.dtype.is_floating_point and parameter.dtype != torch.float32 for parameter in module.parameters()):
+        module = copy.deepcopy(module).float()
+    leaves = [
+        TensorInfo(leaf.shape, torch.float32) if isinstance(leaf, TensorInfo) and leaf.dtype.is_floating_point else leaf
+        for leaf in leaves
+    ]
+    try:
+        block = _read(module, fqn, plan, leaves, config)
+        Trial(block).check_context(plan, write_context(block)[0])
+    except Exception as error:  # whatever the block's code does
+        raise Refused(first_line(error)) from error
 
 
 def _fixed_sizes(state: StatePlan) -> StatePlan:

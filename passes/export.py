@@ -131,7 +131,7 @@ def _stand_in(calls: tuple[Call, ...]) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = [leaf for _, leaf in iterate_leaves([args, kwargs]) if isinstance(leaf, Tensor)]
-        value = sum(leaf.reshape(-1)[:1].to(torch.complex64).sum() for leaf in given)
+        value: Any = sum(leaf.reshape(-1)[:1].to(torch.complex64).sum() for leaf in given)
         return map_leaves(
             lambda _, leaf: (
                 value.real.to(leaf.dtype).expand(leaf.shape).clone() if isinstance(leaf, TensorInfo) else leaf

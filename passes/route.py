@@ -130,10 +130,10 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _rebuild(
-    config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], sizes: str
+    config: DiffCRConfig, module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any], sizes: str, proved: bool
 ) -> ContextGraph:
     try:
-        return rebuild_context(module, fqn, plan, values, config, proved=bool(sizes))
+        return rebuild_context(module, fqn, plan, values, config, proved=proved)
     except Refused as refused:
         why = (
             f"is called with sizes at which it may do something else than when it was analysed ({sizes} does not hold)"
