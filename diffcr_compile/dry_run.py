@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from .arguments import Path, map_leaves
 from .eager import force_eager
 from .errors import CaptureError
-from .routed import STATE
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -32,8 +31,6 @@ def shadow(model: nn.Module) -> nn.Module:
         memo.update((id(value), None) for value in (*wrappers, *_state_of(wrappers, module)))
     try:
         duplicate = copy.deepcopy(model, memo).eval()
-        if (state := vars(model).get(STATE)) is not None:  # which the copy of a graph module leaves behind
-            vars(duplicate)[STATE] = memo[id(state)]
         for module, wrappers in wrapped.items():
             memo[id(module)].forward = copy.deepcopy(wrappers[-1].__wrapped__, memo)
     except Exception as error:  # whatever a user's attribute raises when copied

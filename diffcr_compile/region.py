@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _KEPT
 from torch.utils import _pytree as pytree
 
 from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_as
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
 from .primitives import half_of
-from .routed import ModelRouting, routing_of, settle
+from .routed import STATE, ModelRouting, routing_of, settle
 from .trajectory import Trajectory
 from .unwrap import unwrap
 
@@ -33,6 +34,15 @@ _IN_A_GRAPH = (
 
 def add_region_hooks(model: nn.Module) -> None:
     """Resolve the region before every forward of the root, and finish a split batch after it, before other hooks see it."""
+    _add_hooks(model)
+    if isinstance(
+        model, fx.GraphModule
+    ):  # of a graph module a copy keeps neither hooks nor attributes, but what it is told
+        model._register_deepcopy_hook(_add_hooks)
+        model.meta.setdefault(_KEPT, {})[STATE] = routing_of(model)
+
+
+def _add_hooks(model: nn.Module) -> None:
     model.register_forward_pre_hook(_enter, with_kwargs=True)
     model.register_forward_hook(_leave, with_kwargs=True, prepend=True)
 
@@ -46,6 +56,11 @@ def remove_region_hooks(model: nn.Module) -> None:
         for key in [key for key, value in hooks.items() if value is hook]:
             del hooks[key]
             flags.pop(key, None)
+    if isinstance(model, fx.GraphModule):
+        model._unregister_deepcopy_hook(_add_hooks)
+        del model.meta[_KEPT][STATE]
+        if not model.meta[_KEPT]:
+            del model.meta[_KEPT]
 
 
 def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> list[int]:

@@ -120,3 +120,23 @@ def test_an_exported_model_is_calibrated_like_the_one_it_came_from() -> None:
     losses = [[entry["loss"] for entry in report.history] for report in reports]
     assert losses[0][-1] > 0
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_copy_of_a_graph_module_is_routed_for_itself() -> None:
+    """torch's copy of one leaves attributes and hooks behind; the region of each forward would not be looked up."""
+    given = [{**tiny_inputs(PLAIN, timestep=step), **dict.fromkeys(("text", "rope", "mask"))} for step in (10.0, 900.0)]
+    model = exported(original(PLAIN))
+    meta, hooks = dict(model.meta), vars(model).get("_deepcopy_hooks")
+    diffcr_compile.transform(model, example_inputs=given[0])
+    diffcr_compile.set_ratios(model, [[0.2] * 3, [0.4] * 3, [0.5] * 3, [0.7] * 3])
+    with torch.no_grad():
+        expected = [model(**call) for call in given]
+        twin = copy.deepcopy(copy.deepcopy(model))
+        assert same_bits([twin(**call) for call in given], expected)
+        diffcr_compile.restore(twin)
+        assert same_bits(twin(**given[0]), original(PLAIN)(**given[0]))
+        assert same_bits([model(**call) for call in given], expected)
+    diffcr_compile.restore(model)
+    assert model.meta == meta
+    assert not vars(model).get("_deepcopy_hooks")
+    assert not hooks
