@@ -26,10 +26,30 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import digits
+from diffusers.models import DiTTransformer2DModel
 
 import diffcr_compile
 
 Prepare = Callable[[nn.Module], nn.Module]
+Batch = dict[str, Tensor]
+
+
+def small_dit() -> nn.Module:
+    """Of DiT-S/2's size, random weights."""
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, num_layers=12, sample_size=32).eval()
+
+
+def latents(batch_size: int) -> Batch:
+    timesteps = torch.full((batch_size,), 500)
+    return {"hidden_states": torch.randn(batch_size, 4, 32, 32), "timestep": timesteps, "class_labels": timesteps}
+
+
+SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
+    "digits DiT": (digits.load_model, lambda batch_size: digits.calibration_batches(1, batch_size)[0]),
+    "DiT-S/2's size": (small_dit, latents),
+}
+"""Models, and what they are called with at a batch size."""
 
 
 def as_it_is(model: nn.Module) -> nn.Module:
@@ -53,15 +73,17 @@ MODES: dict[str, tuple[Prepare, Prepare]] = {
 MODELS = ("original", "copy", "transformed")
 
 
-def build(batch: dict[str, Tensor], prepare_original: Prepare, prepare_routed: Prepare) -> dict[str, nn.Module]:
+def build(
+    make: Callable[[], nn.Module], batch: Batch, prepare_original: Prepare, prepare_routed: Prepare
+) -> dict[str, nn.Module]:
     torch._dynamo.reset()
-    routed = diffcr_compile.transform(digits.load_model(), example_inputs=batch)
-    originals = [prepare_original(digits.load_model()) for _ in range(2)]
+    routed = diffcr_compile.transform(make(), example_inputs=batch)
+    originals = [prepare_original(make()) for _ in range(2)]
     return dict(zip(MODELS, (*originals, prepare_routed(routed)), strict=True))
 
 
 @torch.inference_mode()
-def measure(models: dict[str, nn.Module], batch: dict[str, Tensor], rounds: int, warmup: int) -> dict[str, list[float]]:
+def measure(models: dict[str, nn.Module], batch: Batch, rounds: int, warmup: int) -> dict[str, list[float]]:
     """Seconds of one forward of each model, one entry for each round."""
     times: dict[str, list[float]] = {name: [] for name in models}
     orders = list(itertools.permutations(models))
@@ -74,14 +96,14 @@ def measure(models: dict[str, nn.Module], batch: dict[str, Tensor], rounds: int,
     return times
 
 
-def as_row(times: dict[str, list[float]], mode: str, batch_size: int) -> str:
+def as_row(times: dict[str, list[float]], size: str, mode: str, batch_size: int) -> str:
     original = times["original"]
     cells = [f"{1000 * statistics.median(original):.1f}"]
     for name in MODELS[1:]:
         ratios = [after / before for before, after in zip(original, times[name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         cells.append(f"{middle:.4f} ({low:.3f}..{high:.3f})")
-    return f"| {mode} | {batch_size} | " + " | ".join(cells) + " |"
+    return f"| {size} | {mode} | {batch_size} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -95,17 +117,19 @@ def main() -> None:
     lines = [
         "# An untouched routed model, over the original",
         "",
-        f"`python examples/benchmarks/overhead.py`, torch {torch.__version__}, 1 thread, float32, digits DiT (8 blocks, 256 "
-        f"tokens), {options.rounds} rounds, load {os.getloadavg()[0]:.1f} before; medians of each round's ratio of times, "
-        "quartiles in brackets. Copy: a second original, as a measure of noise. `torch.compile`: of both models; `lower`, full: "
+        f"`python examples/benchmarks/overhead.py`, torch {torch.__version__}, 1 thread, float32, digits DiT (8 blocks of "
+        f"width 96) and one of DiT-S/2's size (12 of 384), 256 tokens, {options.rounds} rounds, load {os.getloadavg()[0]:.1f} before; medians of each round's "
+        "ratio of times, quartiles in brackets. Copy: a second original, as a measure of noise. `torch.compile`: of both models; `lower`, full: "
         "over the original by `torch.compile`; regional: over the original with its blocks compiled in place.",
         "",
-        "| mode | batch | original, ms | copy | transformed, at ratio zero |",
-        "|---|---|---|---|---|",
+        "| model | mode | batch | original, ms | copy | transformed, at ratio zero |",
+        "|---|---|---|---|---|---|",
     ]
-    for batch_size, (mode, prepares) in itertools.product(options.batches, MODES.items()):
-        batch = digits.calibration_batches(1, batch_size)[0]
-        lines.append(as_row(measure(build(batch, *prepares), batch, options.rounds, options.warmup), mode, batch_size))
+    for (size, (make, inputs)), batch_size in itertools.product(SIZES.items(), options.batches):
+        for mode, prepares in MODES.items() if size == "digits DiT" or batch_size == min(options.batches) else ():
+            batch = inputs(batch_size)
+            times = measure(build(make, batch, *prepares), batch, options.rounds, options.warmup)
+            lines.append(as_row(times, size, mode, batch_size))
     text = "\n".join(lines) + "\n"
     (options.out / "overhead.md").write_text(text)
     print(text)
