@@ -118,9 +118,10 @@ def main() -> None:
         "# An untouched routed model, over the original",
         "",
         f"`python examples/benchmarks/overhead.py`, torch {torch.__version__}, 1 thread, float32, digits DiT (8 blocks of "
-        f"width 96) and one of DiT-S/2's size (12 of 384), 256 tokens, {options.rounds} rounds, load {os.getloadavg()[0]:.1f} before; medians of each round's "
-        "ratio of times, quartiles in brackets. Copy: a second original, as a measure of noise. `torch.compile`: of both models; `lower`, full: "
-        "over the original by `torch.compile`; regional: over the original with its blocks compiled in place.",
+        f"width 96) and one of DiT-S/2's size (12 of 384), 256 tokens, {options.rounds} rounds, load {os.getloadavg()[0]:.1f} "
+        "before; medians of each round's ratio of times, quartiles in brackets. Copy: a second original, as a measure of noise. "
+        "`torch.compile`: of both models; `lower`, full: over the original by `torch.compile`; regional: over the original with "
+        "its blocks compiled in place.",
         "",
         "| model | mode | batch | original, ms | copy | transformed, at ratio zero |",
         "|---|---|---|---|---|---|",
