@@ -167,7 +167,8 @@ def test_what_is_broadcast_over_the_samples_is_given_to_each(lift: Any) -> None:
     diffcr_compile.set_ratios(model, 0.4)
     steps = torch.full((3,), 500.0)
     expected = run(model, {**INPUTS, "timestep": steps})
-    assert same_bits(run(model, {**INPUTS, "timestep": steps[:1]}), expected)
+    found = run(model, {**INPUTS, "timestep": steps[:1]})
+    assert relative_error(found, expected) < 1e-6  # a product of one row may round in another way than that of three
     assert not same_bits(expected, run(model, {**INPUTS, "timestep": steps / 2}))
 
 
