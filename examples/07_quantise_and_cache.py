@@ -43,7 +43,7 @@ def show(name: str, model: WanTransformer3DModel, dense: Tensor) -> None:
         latents = sample(model, seed=0)
     calls = sum(len(kept) for kept in seen.kept.values())
     distance = (latents - dense).square().mean() / dense.square().mean()
-    print(f"{name:32} distance from dense {distance:.5f}, block calls {calls} of {len(seen.kept) * STEPS}")
+    print(f"{name:32} distance from dense {distance:.1e}, block calls {calls} of {len(seen.kept) * STEPS}")
 
 
 def main() -> None:
