@@ -51,15 +51,15 @@ def format_table(results: list[Result]) -> str:
     """A table in Markdown that also reads well as it is; times are medians with quartiles."""
     width = max(len(result.name) for result in results)
     lines = [
-        f"| {'':{width}} | FLOPs | time (quartiles)   | Fréchet | asked class | moved  |",
-        f"|{'-' * (width + 2)}|-------|--------------------|---------|-------------|--------|",
+        f"| {'':{width}} | FLOPs | time (quartiles)   | Fréchet | asked class | moved   |",
+        f"|{'-' * (width + 2)}|-------|--------------------|---------|-------------|---------|",
     ]
     for row in results:
         low, middle, high = quartiles(row.time_shares)
         spread = f"{middle:.2f} ({low:.2f}..{high:.2f})"
         lines.append(
             f"| {row.name:{width}} | {row.flops_share:5.2f} | {spread:18} | {row.frechet:7.0f} "
-            f"| {row.accuracy:11.0%} | {row.moved:.4f} |"
+            f"| {row.accuracy:11.0%} | {row.moved:.5f} |"
         )
     notes = (
         "FLOPs and time are shares of the dense, compiled model's; a time is a round's share, all rows taking turns.",
