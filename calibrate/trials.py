@@ -178,9 +178,9 @@ def swap_steps(
 
     least: the error of ``rows``. visited: the regions of the steps, of which the first keeps its row. fits: whether a table is
     within the budget (steps that stand for several regions weigh more). trials: how often ``error`` may be called; it ends before
-    where no swap helps. Digits DiT, 20 steps, 60 trials on four pictures: the distance of eight others fell from 0.0005 to 0.00015
-    at half the FLOPs, and from 0.00020 to 0.00005 at 0.65. Single blocks' ratios are left where they are: moving those too was
-    better on the four pictures and no better, or worse, on others.
+    where no swap helps. Digits DiT, 20 steps, 60 trials on four pictures (examples/benchmarks/inside.md): the distance of eight
+    others is 0.00019 at half the FLOPs and 0.00003 at 0.65, where it was 0.0005 and 0.0002 without. Single blocks' ratios are left
+    where they are: moving those too was better on the four pictures, and no better, or worse, on others.
     """
     nearest = _neighbours(visited, len(rows)).tolist()
     generator = random.Random(seed)
@@ -196,14 +196,13 @@ def swap_steps(
         generator.shuffle(pairs)
         return [swapped(*pair) for pair in pairs]
 
-    left = trials
     candidates = neighbours()
-    while candidates and left:
+    while candidates and trials:
         candidate = candidates.pop()
         if _key(candidate) in seen or not fits(candidate):
             continue
         seen.add(_key(candidate))
-        left -= 1
+        trials -= 1
         found = error(candidate)
         if found < least:
             rows, least = candidate, found

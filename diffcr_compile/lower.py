@@ -193,7 +193,7 @@ class Lowered:
         key = (programs, ratio, context, memory, shapes)
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         try:
-            return self._graph(key, _block_body)(module, ratio, args, kwargs, recalled, context, vector)
+            return self._graph(key, forward_at)(module, ratio, args, kwargs, recalled, context, vector)
         except torch._dynamo.exc.Unsupported:
             routing.program(bind_arguments(routing.positional, args, kwargs))  # a new kind of call is analysed eagerly
             if len(routing.programs) == len(programs):
@@ -266,18 +266,6 @@ def unlowered(model: nn.Module, state: ModelRouting) -> Iterator[Lowered | None]
         if lowered is not None and state.lowered is None and model.__dict__.get(STATE) is state:
             state.lowered = lowered
             lowered.install(model)
-
-
-def _block_body(
-    module: nn.Module,
-    ratio: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    recalled: Recalled | None,
-    context: ContextGraph | None,
-    vector: Tensor | None,
-) -> Any:
-    return forward_at(module, ratio, args, kwargs, recalled, context, vector)
 
 
 def _plain_body(base: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
