@@ -246,17 +246,25 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def settled_blocks() -> int:
+    """Python's blocks of memory, once collecting finds no more: what earlier tests left may take several rounds (an object freed
+    frees others), and would else be freed later, which hides a leak."""
+    counts = [sys.getallocatedblocks()]
+    while len(counts) < 2 or counts[-1] < counts[-2]:
+        gc.collect()
+        counts.append(sys.getallocatedblocks())
+    return counts[-1]
+
+
 def assert_steady(cycle: Callable[[], None], *, calls: int, cycles: int, warm_up: int = 2) -> None:
     """Memory after ``cycles`` of so many ``calls`` is what it was after ``warm_up`` of them: Python's blocks (counted, since
     tracing each would take longer than the calls), and the process's bytes within 2 %."""
     for _ in range(warm_up):
         cycle()
-    gc.collect()
-    before = sys.getallocatedblocks(), resident_bytes()
+    before = settled_blocks(), resident_bytes()
     for _ in range(cycles):
         cycle()
-    gc.collect()
-    after = sys.getallocatedblocks(), resident_bytes()
+    after = settled_blocks(), resident_bytes()
     # a call that leaks leaves an object or more; dictionaries that reach their final size take some hundred blocks at first, and
     # half as many in every ten cycles that follow
     assert after[0] - before[0] < 800 + calls * cycles // 2, f"{after[0] - before[0]} blocks of Python's memory more"
@@ -265,6 +273,24 @@ def assert_steady(cycle: Callable[[], None], *, calls: int, cycles: int, warm_up
 
 def test_the_measurement_notices_a_small_leak() -> None:
     leaked: list[object] = []
+    with pytest.raises(AssertionError, match="blocks of Python's memory more"):
+        assert_steady(lambda: leaked.extend(object() for _ in range(300)), calls=30, cycles=10)
+
+
+class _Chain:
+    """Garbage that each round of collecting finds a link of."""
+
+    def __init__(self, links: int) -> None:
+        self.links, self.me, self.ballast = links, self, [object() for _ in range(3000 * links)]
+
+    def __del__(self) -> None:
+        if self.links:
+            _Chain(self.links - 1)
+
+
+def test_garbage_of_earlier_tests_hides_no_leak() -> None:
+    leaked: list[object] = []
+    _Chain(5)
     with pytest.raises(AssertionError, match="blocks of Python's memory more"):
         assert_steady(lambda: leaked.extend(object() for _ in range(300)), calls=30, cycles=10)
 
