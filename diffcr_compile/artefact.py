@@ -100,6 +100,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises AlreadyTransformedError; ArtefactError for files that are missing, damaged, newer than this package, or made for
     another architecture. The model is then as it was before.
+
+    What the blocks do with a call is proved at the first forward that skips tokens (or learns to), on random weights as in
+    ``transform``; it raises ArtefactError where that is not what the plan says. That skipped tokens may keep their input is read
+    off graphs, and not looked at again. A graph that is compiled or exported whole before such a forward goes by the fingerprint,
+    as does a sharded model.
     """
     model = unwrap(model)
     if routing_of(model) is not None:

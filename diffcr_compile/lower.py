@@ -119,7 +119,8 @@ class Lowered:
     """What ``lower`` put into a model: how it was asked to compile, and the graphs made so far.
 
     active: whether it is in force. bound: the model has a forward of ours, on the instance or beneath one that others have set
-    since. set_aside: what the user's own ``model.compile()`` made.
+    since. set_aside: what the user's own ``model.compile()`` made. run_eagerly: kinds of forward that were run so once, for what a
+    loaded model has to prove.
     """
 
     scope: str
@@ -129,6 +130,7 @@ class Lowered:
     bound: bool = False
     set_aside: Any = None
     graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    run_eagerly: set[Any] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lowered:
         return Lowered(self.scope, self.options, self.clone_outputs, self.active, self.bound)
@@ -223,6 +225,9 @@ class Lowered:
             seen = region if state.config.router == "timestep" else None
             key = (row, seen, first, trajectory is None, settings, _contexts(state), shapes)
             known = (state.num_programs, _contexts(state))
+            if state.unproved and any(row) and key not in self.run_eagerly:
+                self.run_eagerly.add(key)
+                return base(model, *args, **kwargs)  # what was loaded is proved
             try:
                 output = self._graph(key, _plain_body)(base, model, args, kwargs)
             except torch._dynamo.exc.Unsupported:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
@@ -27,6 +28,7 @@ from .plan import BlockPlan, ModelPlan
 from .primitives import OneByOne
 from .ratios import capacity, nearest_bin
 from .router import Router
+from .sharding import is_sharded
 from .trajectory import Trajectory
 
 STATE = "_diffcr"
@@ -191,7 +193,8 @@ class ModelRouting(_Whole):
     lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with; of a loaded model, of the
     first it was measured with. costs: the cost model on those; measured: on the inputs last measured. report: of the calibration
     that made the table. rebuild: rewrites a block's graph for context from every token where its modules have changed.
-    analyse: plans new kinds of call, see :meth:`look_at`.
+    analyse: plans new kinds of call, see :meth:`look_at`. unproved: programs of plans that were loaded and have not routed
+    since; prove: proves one on its block.
     degree: with reuse, of the polynomial through a token's last updates that is followed, at most the configured one.
     outlined: how to give a graph module its one flat graph back. fingerprint: of the model as it was before.
     observers: called with each block's name and kept tokens (B, K). reached: by number of a backward under way, the regions of the
@@ -216,6 +219,8 @@ class ModelRouting(_Whole):
     example_inputs: dict[str, Any] = field(default_factory=dict)
     rebuild: Callable[..., ContextGraph] | None = None
     analyse: Callable[..., dict[str, str]] | None = None
+    unproved: set[Program] = field(default_factory=set)
+    prove: Callable[..., None] | None = None
     outlined: Any = None
     fingerprint: str = ""
     costs: Any = None
@@ -448,6 +453,8 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
             return base(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
             routing.model.find_recomputed(routing.fqn)
+            if routing.model.unproved:
+                _prove_loaded(self, routing, args, kwargs)
         if routing.model.learning is not None:
             return routing.model.learning(self, routing, args, kwargs)
         if torch.compiler.is_compiling():
@@ -463,6 +470,25 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
     # Pickling a bound method stores its name alone; under the name "forward" it would come back as the dense forward.
     forward.__name__ = "diffcr_routed_forward"
     return forward
+
+
+def _prove_loaded(module: nn.Module, routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Have a plan that was loaded proved at the first real forward that routes by it, or learns to. Where hooks around the block's
+    parts move its weights, or the weights are sharded, it is taken for proved: nothing can be tried there.
+
+    Raises ArtefactError where it does not hold.
+    """
+    state = routing.model
+    if state.learning is None and not any(routing.ratios):
+        return
+    program, values = routing.read_call(args, kwargs)
+    fake = any(isinstance(value, FakeTensor) or (isinstance(value, Tensor) and value.is_meta) for value in values)
+    if program not in state.unproved or fake:
+        return
+    if not is_sharded(module) and not any("forward" in vars(part) for part in module.modules() if part is not module):
+        assert state.prove is not None
+        state.prove(module, routing.fqn, program.plan, values)
+    state.unproved.discard(program)
 
 
 def prepare(

@@ -89,7 +89,8 @@ def transform(
 
 
 def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
-    """Route ``model`` by a plan that was made before; nothing is analysed.
+    """Route ``model`` by a plan that was made before; nothing is analysed. Each kind of block is proved at the first forward that
+    routes it.
 
     Raises ValueError where it can't be run on this model, UnsupportedError where its blocks were cut out of a call of a flat
     forward. The model is then as it was.
@@ -106,6 +107,8 @@ def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
         check_plan(plan, model, state.config)
         route_blocks(model, plan, state)
         state.analyse = _plan_new_calls
+        programs = {program for block in state.blocks for program in block.programs.values()}
+        state.unproved = {program for program in programs if program.plan.context == "kept"}  # others: when they are rewritten
     except BaseException:
         _take_off(model, state)
         raise

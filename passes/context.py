@@ -39,7 +39,7 @@ from torch.export import ExportedProgram
 from .. import primitives
 from ..arguments import map_leaves
 from ..context import ContextGraph, open_settings
-from ..defaults import on_cpu
+from ..defaults import as_written
 from ..plan import BlockPlan, StatePlan
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
@@ -55,7 +55,7 @@ _QUERY_FIRST = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.def
 """Products with the position of the factor whose rows are queries, or attention weights; what follows it is keys or values."""
 
 
-@on_cpu()
+@as_written()
 def prove_context(block: BlockAnalysis) -> BlockAnalysis:
     """Where the configuration asks for context from every token: fill in ``context_graph`` and the plan's context, or the reason
     why not.
@@ -85,7 +85,7 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
         return replace(block, plan=replace(plan, context_note=note))
 
 
-@on_cpu()
+@as_written()
 def prove_same_context(block: BlockAnalysis) -> None:
     """Refuses a block for which the graph of the one it is a neighbour of, whose analysis it carries, is not right: an export
     writes the numbers that a module holds into the graph."""
@@ -131,7 +131,7 @@ def _read(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], confi
     return block
 
 
-@on_cpu()
+@as_written()
 def _prove_rewritten(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], config: Any) -> None:
     """Refuses a block whose rewritten graph is not right at these sizes. In float32, where rounding tells nothing: a graph holds
     the dtypes that its block casts to."""

@@ -11,12 +11,13 @@ from torch import fx, nn
 from ..arguments import iterate_leaves, positional_names
 from ..config import DiffCRConfig
 from ..context import ContextGraph, context_key
-from ..errors import BlockNotFoundError, UnsupportedError
+from ..errors import ArtefactError, BlockNotFoundError, UnsupportedError
 from ..plan import BlockPlan, ModelPlan
 from ..routed import BlockRouting, ModelRouting, bind
 from ..router import Router
 from .analysis import ModelAnalysis, Refused
 from .context import rebuild_context
+from .loaded import prove_loaded
 from .program import write_program
 
 
@@ -104,7 +105,7 @@ def route_blocks(
         _make_router(module, site.fqn, plan.families[site.family].width, reference, num_vectors)
         for site, module in zip(plan.sites, modules, strict=True)
     ]
-    state.rebuild = functools.partial(_rebuild, state.config)
+    state.rebuild, state.prove = functools.partial(_rebuild, state.config), _prove
     for index, (site, module) in enumerate(zip(plan.sites, modules, strict=True)):
         program, base = programs[site.family], type(module).forward
         known = (program, *(later[other.family] for other in plan.later_sites if other.fqn == site.fqn))
@@ -143,6 +144,16 @@ def _rebuild(
         raise UnsupportedError(
             f"{fqn} {why}, and its graph can't be rewritten for context={config.context!r}: {refused}. Restore the model and "
             "transform it again, or use context='kept'."
+        ) from refused
+
+
+def _prove(module: nn.Module, fqn: str, plan: BlockPlan, values: list[Any]) -> None:
+    try:
+        prove_loaded(module, fqn, plan, values)
+    except Refused as refused:
+        raise ArtefactError(
+            f"the routing that was loaded does not hold for {fqn}: {refused}. The code of {type(module).__name__} is not what it "
+            "was when the routing was made (another version of its library?). Restore the model, transform and calibrate it again."
         ) from refused
 
 

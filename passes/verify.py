@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..arguments import iterate_leaves, map_leaves, unbind_arguments
 from ..config import DiffCRConfig
 from ..context import ContextGraph
-from ..defaults import on_cpu
+from ..defaults import as_written
 from ..memory import Memory, allocate, remember_all_context
 from ..plan import BlockPlan, LeafPlan, Lift
 from ..primitives import place_indices, put_tokens, score_tokens, select_tokens, take_tokens
@@ -56,7 +56,7 @@ MASK_DENSITY = 0.8
 """Share of true entries in the masks of the proof."""
 
 
-@on_cpu()
+@as_written()
 def prove_block(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``plan``: the first form of lifting that the proof accepts. Refuses the block where none does.
 
@@ -170,8 +170,8 @@ class Trial:
     def _within(self, symbol: sympy.Expr | None, size: int) -> int:
         """A size for ``symbol`` at which the block does what it was exported doing, as far as its own range tells: ``size``, or one
         beyond the range's lower bound, if that is no large number."""
-        assert self.block.program is not None
-        allowed = self.block.program.range_constraints.get(symbol)
+        program = self.block.program
+        allowed = None if program is None else program.range_constraints.get(symbol)
         if allowed is None or allowed.lower <= size <= allowed.upper:
             return size
         if size > allowed.upper:

@@ -225,3 +225,18 @@ def test_a_model_that_leaves_the_meta_device_is_the_one_that_never_was_there(ass
         model.to_empty(device="cpu")
     model.load_state_dict(original(SHAPE).state_dict(), assign=assign)
     assert same_bits(kept_share(model), kept_share(routed(SHAPE)))
+
+
+@pytest.mark.parametrize("context", ["kept", "all"])
+def test_under_autocast_the_same_is_found_as_without(context: Any) -> None:
+    shape = Shape("rotary", depth=2, heads=2, head_dim=4)
+    config, inputs = DiffCRConfig(context=context), tiny_inputs(shape)
+    plans = []
+    for enabled in (False, True):
+        model = diffcr_compile.transform(original(shape), config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+            expected = original(shape)(**inputs)
+            assert same_bits(model(**inputs), expected)
+        plans.append(diffcr_compile.explain(model).plan)
+    assert plans[0] == plans[1]
+    assert [family.lift for family in plans[0].families] == ["vmap"]
