@@ -85,7 +85,9 @@ def test_code_that_has_changed_under_the_same_names_is_refused(
     plain = original(PLAIN)
     model = diffcr_compile.load(original(PLAIN), folder)
     for _ in range(2):
-        with pytest.raises(ArtefactError, match=rf"does not hold for blocks\.0: .*{reason}.*transform and calibrate it"):
+        with pytest.raises(
+            ArtefactError, match=rf"does not hold for blocks\.0: .*{reason}.*transform and calibrate it"
+        ):
             model(**inputs)
     diffcr_compile.set_ratios(model, 0.0)
     assert same_bits(model(**inputs), plain(**inputs))
@@ -114,7 +116,9 @@ def test_a_lowered_model_is_proved_before_it_is_compiled(scope: Any, tmp_path: P
     model = diffcr_compile.load(original(PLAIN), saved(tmp_path, PLAIN))
     expected = model(**inputs).detach()
     proofs.clear()
-    other = diffcr_compile.lower(diffcr_compile.load(original(PLAIN), tmp_path / "routing"), scope=scope, backend="eager")
+    other = diffcr_compile.lower(
+        diffcr_compile.load(original(PLAIN), tmp_path / "routing"), scope=scope, backend="eager"
+    )
     with torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(other(**inputs), expected)
