@@ -39,6 +39,7 @@ from .tokens import plan_leaves
 BATCH = 3
 NUM_TOKENS = 11
 NUM_KEPT = 5
+DRAWS = 20
 LENGTHS = (7, 13, 17, 19, 23, 29)
 """Sizes of the proof: all different, and different from usual widths and head counts."""
 
@@ -128,6 +129,16 @@ class Trial:
         self.module = randomised_copy(block.module, self.generator)
         self.batch = BATCH if block.fixed_batch != BATCH else BATCH + 1
         self._draw(self.batch, self._within(block.token, NUM_TOKENS))
+
+    def _draw_router(self, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+        """A router by which every sample keeps other tokens, and those (B, K); two alike come by chance, once in 150 draws."""
+        for _ in range(DRAWS):
+            weight = self._normal(plan.width)
+            scores = score_tokens(self.values[plan.stream], weight, plan.token_axis, plan.batch_axis)
+            kept = select_tokens(scores, NUM_KEPT)
+            if len(set(map(tuple, kept.tolist()))) == self.batch:
+                return weight, kept
+        raise Refused("the proof's samples keep the same tokens")
 
     def _draw(self, batch: int, num_tokens: int, *, any_integer: bool = False) -> None:
         self.num_tokens, self.any_integer = num_tokens, any_integer
@@ -267,11 +278,7 @@ class Trial:
     def check_program(self, plan: BlockPlan) -> float:
         """The program at batch three equals the per-sample loop; returns the largest relative error."""
         program = write_program(plan, DiffCRConfig())
-        weight = self._normal(plan.width)
-        stream = self.values[plan.stream]
-        kept = select_tokens(score_tokens(stream, weight, plan.token_axis, plan.batch_axis), NUM_KEPT)
-        if len({tuple(row) for row in kept.tolist()}) != self.batch:
-            raise Refused("the proof's samples keep the same tokens")
+        weight, kept = self._draw_router(plan)
         routed, _ = program(self._call, weight, NUM_KEPT, self.values)
         results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
         worst = 0.0

@@ -4,7 +4,7 @@
 
 For each model: ratio zero is bit-identical (class, keys, outputs); at 0.5 and batch 3 every routed block equals the original
 block run on each sample's kept tokens alone, and skipped tokens keep their bits; FLOPs fall; ``restore`` is exact;
-``fullgraph=True`` traces wherever the dense model does. ``--write`` renews ``coverage.md`` and the raw ``coverage.json``, or the
+a saved routing gives the same bits in another model of these weights; ``fullgraph=True`` traces wherever the dense model does. ``--write`` renews ``coverage.md`` and the raw ``coverage.json``, or the
 rows of the names given in them.
 """
 
@@ -16,6 +16,7 @@ import copy
 import functools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -88,6 +89,7 @@ def check(entry: Entry, *, compile_too: bool = True) -> Row:
     row.worst = compare_with_loop(model, inputs, row)
     row.lift_cost = measure_lift(model, inputs)
     expect(row, row.worst < TOLERANCE, f"differs by {row.worst:.1e} from each sample run alone")
+    expect(row, loads_the_same(entry, model, inputs), "loaded into another such model it computes something else")
     if compile_too:
         row.fullgraph = fullgraph_verdict(entry, model, inputs)
         expect(row, row.fullgraph != "broken", "the dense model traces with fullgraph=True, the routed one does not")
@@ -95,6 +97,14 @@ def check(entry: Entry, *, compile_too: bool = True) -> Row:
     expect(row, same(run(model, inputs), before), "not restored exactly")
     row.context = check_context(model, inputs, row)
     return row
+
+
+def loads_the_same(entry: Entry, routed: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether the saved routing of a model gives its bits in another of the same weights, where it is proved on the way."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        diffcr_compile.save(routed, folder)
+        return same(run(diffcr_compile.load(entry.build(), folder), inputs), run(routed, inputs))
 
 
 def check_context(model: nn.Module, inputs: dict[str, Any], row: Row) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffcr_compile.passes import verify
 from diffcr_compile.passes.analysis import Refused
 from diffcr_compile.passes.blocks import BLOCK_PASSES
 from diffcr_compile.passes.verify import TOLERANCE, randomised_copy, relative_error
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffcr_compile.plan import BlockPlan
+from diffcr_compile.primitives import select_tokens
 
 
 def prove(forward: Callable[..., Any], **arguments: Any) -> BlockPlan:
@@ -87,6 +89,24 @@ def test_what_depends_on_order_length_or_other_samples_is_refused(
 ) -> None:
     with pytest.raises(Refused):
         prove(forward, x=draw(), **tables)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_samples_that_keep_the_same_tokens_by_chance_are_drawn_anew(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = []
+
+    def alike(scores: Tensor, k: int) -> Tensor:
+        draws.append(k)
+        return select_tokens(scores[:1].expand_as(scores) if len(draws) <= times else scores, k)
+
+    monkeypatch.setattr(verify, "select_tokens", alike)
+    assert prove(plain, x=draw()).lift == "direct"
+    assert len(draws) > times
+    monkeypatch.setattr(verify, "DRAWS", 0)
+    with pytest.raises(Refused, match="keep the same tokens"):
+        prove(plain, x=draw())
 
 
 class SilentConvolution(Hand):
