@@ -3,9 +3,9 @@
     python examples/benchmarks/coverage.py [NAME ...] [--write]
 
 For each model: ratio zero is bit-identical (class, keys, outputs); at 0.5 and batch 3 every routed block equals the original
-block run on each sample's kept tokens alone, and skipped tokens keep their bits; FLOPs fall; ``restore`` is exact;
-a saved routing gives the same bits in another model of these weights; ``fullgraph=True`` traces wherever the dense model does. ``--write`` renews ``coverage.md`` and the raw ``coverage.json``, or the
-rows of the names given in them.
+block run on each sample's kept tokens alone, and skipped tokens keep their bits; FLOPs fall; ``restore`` is exact; a saved
+routing gives the same bits in another model of these weights; ``fullgraph=True`` traces wherever the dense model does.
+``--write`` renews ``coverage.md`` and the raw ``coverage.json``, or the rows of the names given in them.
 """
 
 from __future__ import annotations
