@@ -249,13 +249,15 @@ def _contexts(state: ModelRouting) -> tuple[ContextGraph, ...]:
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Of all tensors of a call; quick, since it is asked at each call of each block."""
+    """Of all tensors of a call; quick, since it is asked at each call of each block, and what is not given is most of it."""
     return tuple(
-        value.shape
-        if isinstance(value, Tensor)
-        else tuple(leaf.shape for _, leaf in iterate_leaves(value) if isinstance(leaf, Tensor))
+        value.shape if isinstance(value, Tensor) else None if value is None else _shapes_in(value)
         for value in (*args, *kwargs.values())
     )
+
+
+def _shapes_in(value: Any) -> tuple[torch.Size, ...]:
+    return tuple(leaf.shape for _, leaf in iterate_leaves(value) if isinstance(leaf, Tensor))
 
 
 @contextlib.contextmanager
