@@ -71,7 +71,7 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
         )
     compile_options = {"mode": mode, "fullgraph": True, "dynamic": False, **options}
     try:
-        torch.compile(_plain_body, **compile_options)  # compiles nothing yet
+        _compile(_plain_body, compile_options)  # nothing yet
     except Exception as error:  # torch has no one type for what it does not know
         raise LoweringError(
             f"torch.compile does not take these options: {type(error).__name__}: {error!s:.200}"
@@ -239,8 +239,15 @@ class Lowered:
     def _graph(self, key: Any, body: Callable[..., Any]) -> Callable[..., Any]:
         graph = self.graphs.get(key)
         if graph is None:
-            graph = self.graphs[key] = torch.compile(_own_code(body, len(self.graphs)), **self.options)
+            graph = self.graphs[key] = _compile(_own_code(body, len(self.graphs)), self.options)
         return graph
+
+
+def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """The function compiled at its first call. Each gets a copy of Inductor's options: torch takes out of the dictionary what is
+    its own (``guard_filter_fn``), and the next graph would go without."""
+    given = options.get("options")
+    return torch.compile(function, **{**options, "options": dict(given) if given else given})
 
 
 def _contexts(state: ModelRouting) -> tuple[ContextGraph, ...]:

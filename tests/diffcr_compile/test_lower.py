@@ -527,3 +527,21 @@ class TestUnlowered:
         assert counter.frame_count == 0
         run(model)
         assert counter.frame_count > 0
+
+
+def test_a_filter_of_guards_is_asked_for_every_graph() -> None:
+    asked: list[int] = []
+
+    def keep_all(guards: Any) -> list[bool]:
+        asked.append(len(guards))
+        return [True] * len(guards)
+
+    options = {"guard_filter_fn": keep_all}
+    model = diffcr_compile.lower(routed(PLAIN), scope="regional", backend="eager", options=options)
+    counts = []
+    for ratio in (0.0, 0.2, 0.5):
+        diffcr_compile.set_ratios(model, ratio)
+        run(model)
+        counts.append(len(asked))
+    assert 0 < counts[0] < counts[1] < counts[2]
+    assert options == {"guard_filter_fn": keep_all}
