@@ -44,6 +44,9 @@ _NOT_HERE = (
 )
 _REFUSED = "Leave the input out, or set this block's ratios to 0, or leave the block out by filter_fn."
 
+_BACKWARDS = 64
+"""Backwards at once whose regions are known: one that fails tells nobody of its end, so that the oldest go."""
+
 _LOOKING = threading.RLock()
 """A thread that meets a new kind of call while another looks at one waits, and may find it planned."""
 
@@ -306,9 +309,11 @@ class ModelRouting(_Whole):
             task = torch._C._current_graph_task_id()
 
             def forget() -> None:
-                del self.reached[task]
+                self.reached.pop(task, None)
 
             if task not in self.reached:
+                if len(self.reached) >= _BACKWARDS:
+                    del self.reached[min(self.reached)]
                 self.reached[task] = set()
                 torch.autograd.Variable._execution_engine.queue_callback(forget)  # when it ends
             self.reached[task].update(regions)

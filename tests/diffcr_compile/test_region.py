@@ -263,6 +263,17 @@ def test_backwards_in_any_order(model: TinyDiT, checkpointed: TinyDiT) -> None:
     assert routing_of(checkpointed).reached == {}
 
 
+def test_backwards_that_fail_leave_little_and_hinder_no_other(model: TinyDiT, checkpointed: TinyDiT) -> None:
+    for _ in range(100):
+        with pytest.raises(diffcr_compile.UnsupportedError):
+            (loss(checkpointed, 10.0) + loss(checkpointed, 900.0)).backward()
+    assert len(routing_of(checkpointed).reached) < 100
+    for one in (model, checkpointed):
+        one.zero_grad()
+        loss(one, 300.0).backward()
+    assert same_bits(gradients(checkpointed), gradients(model))
+
+
 def test_one_backward_of_two_regions_is_refused(checkpointed: TinyDiT) -> None:
     with pytest.raises(
         diffcr_compile.UnsupportedError, match=r"blocks.1 is recomputed in backward .* regions \[0, 3\]"
