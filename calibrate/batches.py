@@ -83,7 +83,7 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -
         for region in dict.fromkeys(regions):
             samples = torch.tensor([place for place, found in enumerate(regions) if found == region], device="cpu")
             try:
-                part = bind_arguments(names, *pick_samples(model, state, samples, (), batch))
+                part = bind_arguments(names, *pick_samples(model, state, samples, len(regions), (), batch))
             except UnsupportedError:
                 return batches
             piles.setdefault((region, _kind(axes, part)), []).append(part)
@@ -100,11 +100,12 @@ def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batc
         if state.config.router == "token":
             yield batch
             continue
-        groups = group_samples(state, regions_of_call(model, state, batch))
+        regions = regions_of_call(model, state, batch)
+        groups = group_samples(state, regions)
         for region, samples in groups.items():
             part = batch
             if len(groups) > 1:
-                part = bind_arguments(names, *pick_samples(model, state, samples, (), batch))
+                part = bind_arguments(names, *pick_samples(model, state, samples, len(regions), (), batch))
             with pin_region(state, region):
                 yield part
 

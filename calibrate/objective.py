@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import iterate_leaves
 from ..learning import dense
 
 
@@ -19,8 +20,8 @@ def dense_outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
 
 def output_tensors(output: Any) -> list[Tensor]:
     """Floating tensors of an output, whatever holds them."""
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point]
+    leaves = iterate_leaves(output)
+    return [leaf for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point]
 
 
 def distillation_loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:

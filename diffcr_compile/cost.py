@@ -15,6 +15,7 @@ from .config import BudgetKind
 from .dry_run import describe_inputs, dry_run, shadow
 from .errors import CaptureError, UnsupportedError
 from .flops import count_flops
+from .forget import forget_fakes
 from .memory import allocate
 from .observe import watch_calls
 from .ratios import BIN, SCALE, capacity
@@ -181,6 +182,13 @@ def measure_costs(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
 
 
 def _measure_shadow(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
+    try:
+        return _measure_anyhow(model, inputs)
+    finally:
+        forget_fakes()
+
+
+def _measure_anyhow(model: nn.Module, inputs: dict[str, Any]) -> CostModel:
     errors = []
     for fake in (True, False):
         try:

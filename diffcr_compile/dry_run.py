@@ -16,16 +16,18 @@ from torch.overrides import TorchFunctionMode
 from .arguments import Path, map_leaves
 from .eager import force_eager
 from .errors import CaptureError
+from .forget import note_run
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy of the module objects that shares every parameter and buffer; in eval mode, and without what others have wrapped
-    around forwards (offload, casting, caches): it moves weights, which are shared, and can't always be copied.
+    """A copy of the module objects that shares every parameter; in eval mode, and without what others have wrapped around forwards
+    (offload, casting, caches): it moves weights, which are shared, and can't always be copied.
 
-    What a forward caches on its modules lands in the copy. Raises CaptureError where the model holds something that can't
-    be copied.
+    What a forward caches on its modules, or writes into its buffers, lands in the copy. Raises CaptureError where the model holds
+    something that can't be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo |= {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
     wrapped = {module: wrappers for module in model.modules() if (wrappers := _wrappers(module))}
     for module, wrappers in wrapped.items():
         memo.update((id(value), None) for value in (*wrappers, *_state_of(wrappers, module)))
@@ -84,15 +86,19 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
 
     Fake tensors are all on one device, the shadow's too, wherever offload has put the weights (their values may be nowhere); and so
     is what the forward makes on the meta device by default.
-    Yields the function that turns a leaf of the inputs (real, or a description on the meta device) into one to run with.
+    A forward may leave fakes in caches outside the model: :func:`forget_fakes` is to follow. Yields the function that turns a leaf
+    of the inputs (real, or a description on the meta device) into one to run with.
     """
     devices = [tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
     device = next(iter(devices), torch.device("cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    if mode is not None:
+        note_run(mode)
 
     def convert(_: Path, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return _own(leaf)
+        leaf = leaf.clone() if leaf.is_inference() else leaf
         if mode is not None:
             return mode.from_tensor(leaf) if leaf.device == device else torch.empty_like(leaf, device=device)
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if leaf.is_meta and devices else leaf
@@ -102,6 +108,7 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
     with (
         force_eager(),
         torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),  # in it, operators come whole to a mode that watches
         torch.no_grad(),
         mode or contextlib.nullcontext(),
         unfused,

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .arguments import bind_arguments, iterate_leaves
+from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Scope
 from .context import ContextGraph
 from .errors import LoweringError
@@ -333,4 +333,4 @@ def _settings(inputs: dict[str, Any]) -> frozenset[Any]:
 
 def _clone(output: Any) -> Any:
     """CUDA graphs write every call's output to the same place; two-call guidance needs both."""
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
+    return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _KEPT
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .arguments import bind_arguments, iterate_leaves, map_leaves, positional_names, unbind_as
+from .arguments import bind_arguments, iterate_leaves, leaf_name, map_leaves, positional_names, unbind_as
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
 from .primitives import half_of
@@ -26,6 +26,9 @@ from .unwrap import unwrap
 _SLACK = 1e-3
 """Share of the timestep range by which rounding may carry a value past its ends."""
 
+_SHARED = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""What an output may hold beside tensors that is of all samples."""
+
 _IN_A_GRAPH = (
     "the timestep region is looked up outside the graph: compile the model by diffcr_compile.lower, not whole by torch.compile or "
     "torch.export; or use a table with equal rows and router='token'."
@@ -33,7 +36,8 @@ _IN_A_GRAPH = (
 
 
 def add_region_hooks(model: nn.Module) -> None:
-    """Resolve the region before every forward of the root, and finish a split batch after it, before other hooks see it."""
+    """Resolve the region before every forward of the root, and finish a split batch after it, both before other hooks see it: what
+    they make of the call was part of the model when it was looked at."""
     _add_hooks(model)
     if isinstance(
         model, fx.GraphModule
@@ -43,7 +47,7 @@ def add_region_hooks(model: nn.Module) -> None:
 
 
 def _add_hooks(model: nn.Module) -> None:
-    model.register_forward_pre_hook(_enter, with_kwargs=True)
+    model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)
     model.register_forward_hook(_leave, with_kwargs=True, prepend=True)
 
 
@@ -224,6 +228,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     config = state.config
     if not (state.learning or state.needs_region or config.skip == "reuse" or config.guidance == "shared"):
         return None
+    state.current.inside = True
     bound = bind_arguments(state.positional, args, kwargs)
     follow_trajectory(model, state, bound)
     regions = resolve_regions(model, state, bound)
@@ -233,7 +238,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if state.current.trajectory is not None or state.rehearsal is not None:
         in_one_region(regions)
     groups = group_samples(state, regions)
-    first = pick_samples(model, state, groups[regions[0]], args, kwargs)
+    first = pick_samples(model, state, groups[regions[0]], len(regions), args, kwargs)
     state.current.split = (groups, args, kwargs)
     return first
 
@@ -243,6 +248,8 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if not isinstance(state, ModelRouting) or state.plan is None:
         return output
     regions = [state.region()]
+    if state.current.inside:
+        state.current.inside = False
     if state.current.split is not None:
         (groups, args, kwargs), state.current.split = state.current.split, None
         output, regions = _run_other_groups(model, state, groups, args, kwargs, output), list(groups)
@@ -262,21 +269,29 @@ def _run_other_groups(
     output: Any,
 ) -> Any:
     """The output of the whole batch, given that of its first group."""
-    outputs = [output]
+    outputs, batch = [output], sum(map(len, groups.values()))
     for region, samples in list(groups.items())[1:]:
-        group_args, group_kwargs = _run_later_hooks(model, *pick_samples(model, state, samples, args, kwargs))
+        group_args, group_kwargs = _run_later_hooks(model, *pick_samples(model, state, samples, batch, args, kwargs))
         with pin_region(state, region):
             outputs.append(model.forward(*group_args, **group_kwargs))
     place = torch.argsort(torch.cat(list(groups.values())))
     axes = iter(state.plan.output_batch_axes)
+    others = [iter([leaf for _, leaf in iterate_leaves(other)]) for other in outputs[1:]]
 
-    def join(*parts: Any) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
+    def join(_: Any, leaf: Any) -> Any:
+        parts = [leaf, *map(next, others)]
+        if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, _SHARED):
+                raise UnsupportedError(
+                    f"{type(model).__name__} returns a {type(leaf).__name__}, and the samples of this batch lie in different "
+                    "timestep regions: how to put such outputs of theirs together is unknown. Return tensors (in tuples, "
+                    "dictionaries or dataclasses), or call it with samples of one region at a time."
+                )
+            return leaf
         axis = next(axes)
-        return torch.cat(parts, dim=axis).index_select(axis, place.to(parts[0].device))
+        return torch.cat(parts, dim=axis).index_select(axis, place.to(leaf.device))
 
-    return pytree.tree_map(join, *outputs)
+    return map_leaves(join, outputs[0])
 
 
 def _run_later_hooks(
@@ -300,7 +315,8 @@ def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kw
             "exported. Pass example_inputs to transform, or run the model once before."
         )
     assert state.deferred is not None
-    state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
+    with _disable_current_modes():  # one that counts FLOPs counts those of the forward alone
+        state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
 
 
 def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Module) -> Tensor | float:
@@ -315,9 +331,11 @@ def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Modu
 
 
 def pick_samples(
-    model: nn.Module, state: ModelRouting, samples: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, state: ModelRouting, samples: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call for some samples of the batch, in the form in which it was written: hooks look at that."""
+    """The call for some samples of a batch of that size, in the form in which it was written: hooks look at that. What is broadcast
+    over the samples is given to all. Raises UnsupportedError for an input of another number of samples, or without a known axis for
+    them."""
     axes, names = state.plan.input_batch_axes, state.positional
     bound = bind_arguments(names, args, kwargs)
     paths = {path for path, leaf in iterate_leaves(bound) if leaf is not None and not isinstance(leaf, bool)}
@@ -334,6 +352,15 @@ def pick_samples(
         )
 
     def pick(path: Any, leaf: Any) -> Any:
-        return leaf.index_select(axes[path], samples.to(leaf.device)) if path in axes and leaf is not None else leaf
+        if (
+            path not in axes or not isinstance(leaf, Tensor) or leaf.shape[axes[path]] == 1
+        ):  # broadcast over the samples
+            return leaf
+        if leaf.shape[axes[path]] != batch:
+            raise UnsupportedError(
+                f"input {leaf_name(path)!r} of {type(model).__name__} has shape {tuple(leaf.shape)}, with {leaf.shape[axes[path]]} "
+                f"samples, but there are {batch} timesteps. Give one timestep, or one for each sample."
+            )
+        return leaf.index_select(axes[path], samples.to(leaf.device))
 
     return unbind_as(names, map_leaves(pick, bound), args, kwargs)

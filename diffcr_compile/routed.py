@@ -61,11 +61,13 @@ ContextKind = tuple[Signature, tuple[object, ...]]
 class Current(threading.local):
     """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
     ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
-    several regions; ``call``: the model and its arguments, where it runs eagerly; ``trajectory``, with reuse; ``recalled``: what
-    each block remembers in this forward, where it runs in one graph of the whole model."""
+    several regions; ``call``: the model and its arguments, where it runs eagerly; ``inside``: it began where its region is looked
+    up, and has not ended; ``trajectory``, with reuse; ``recalled``: what each block remembers in this forward, where it runs in one
+    graph of the whole model."""
 
     region: int | None = None
     pinned: bool = False
+    inside: bool = False
     row: tuple[int, ...] | None = None
     split: Any = None
     call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
@@ -135,8 +137,13 @@ class Program:
         """The leaves of a bound call, after a check that the lengths which follow the tokens do so here; what the caller leaves to
         be broadcast over the samples is given to each."""
         values = given_leaves(bound)
-        stream = values[self.plan.stream]
-        num_tokens, batch = stream.shape[self.plan.token_axis], stream.shape[self.plan.batch_axis]
+        num_tokens = values[self.plan.stream].shape[self.plan.token_axis]
+        batches = [
+            value.shape[leaf.batch_axis]
+            for leaf, value in zip(self.plan.leaves, values, strict=True)
+            if leaf.batch_axis is not None
+        ]
+        batch = max(batches) if min(batches) else 0
         for leaf, value in zip(self.plan.leaves, values, strict=True):
             for place, size in enumerate(leaf.dims):
                 if size == "1" and value.shape[place] != 1:
@@ -236,6 +243,12 @@ class ModelRouting(_Whole):
     def __post_init__(self) -> None:
         if self.degree is None:
             self.degree = float(self.config.extrapolation)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy is in no mode that the original is in for a while: nobody would take it out of it."""
+        duplicate = super().__deepcopy__(memo)
+        duplicate.learning, duplicate.dense, duplicate.rehearsal, duplicate.observers = None, False, None, []
+        return duplicate
 
     @property
     def num_regions(self) -> int:
@@ -361,6 +374,19 @@ class BlockRouting(_Whole):
         ratios = self.ratios
         return ratios[0] if _are_equal(ratios) else ratios[self.model.region()]
 
+    def check_entered(self) -> None:
+        """Raises UnsupportedError in a forward of the model that did not begin by calling it, where the timestep must be known."""
+        state, current = self.model, self.model.current
+        if current.inside or current.pinned or torch._C._current_graph_task_id() != -1:
+            return
+        config, ratios = state.config, self.ratios
+        follows = config.skip == "reuse" or config.router == "timestep" or not _are_equal(ratios)
+        if state.num_regions > 1 and (state.learning is not None or (follows and any(ratios))):
+            raise UnsupportedError(
+                f"{self.fqn} runs in a forward whose timestep was not looked up: the model's forward was called instead of the "
+                "model. Write model(...) for model.forward(...), and self(...) for self.forward(...) in methods of its own."
+            )
+
     def program(self, bound: dict[str, Any]) -> Program:
         """The program for this kind of call; one that is met for the first time is analysed. Raises UnsupportedError where that
         can't be done here, or where such a call can't be routed."""
@@ -458,6 +484,7 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
             return base(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
             routing.model.find_recomputed(routing.fqn)
+            routing.check_entered()
             if routing.model.unproved:
                 _prove_loaded(self, routing, args, kwargs)
         if routing.model.learning is not None:
@@ -600,11 +627,12 @@ def forward_at(
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
     plan = program.plan
-    num_tokens = values[plan.stream].shape[plan.token_axis]
+    stream = values[plan.stream]
+    num_tokens = stream.shape[plan.token_axis]
     k = capacity(num_tokens, ratio)
     if k == 0 and not plan.can_skip_block:
         k = 1
-    if k == num_tokens or empty:
+    if k == num_tokens or empty or stream.shape[plan.batch_axis] == 0:  # nothing to choose from
         k, kept = num_tokens, None
         output = _run_dense(module, routing, program, values, args, kwargs, recalled, context)
     elif k == 0:

@@ -21,6 +21,7 @@ from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positi
 from ..dry_run import dry_run, shadow
 from ..errors import CaptureError
 from ..flops import attention_flops, count_flops
+from ..forget import forget_fakes
 from .analysis import Call, ModelAnalysis, TensorInfo, log
 from .timestep import SinusoidTracker
 
@@ -31,7 +32,25 @@ def capture_calls(analysis: ModelAnalysis) -> ModelAnalysis:
 
     A batch of one is doubled first, where the model takes it: it would bake a size of one into every graph and hide the batch axis.
     Raises CaptureError where the model refuses its inputs.
+
+    Where fake tensors have come into a cache outside the model they are taken out, and the model is run again, with what a real run
+    leaves there.
     """
+    try:
+        found = _capture(analysis)
+    finally:
+        left = forget_fakes()
+    if left:
+        with contextlib.suppress(Exception):  # on the meta device, say
+            _run_unwatched(shadow(analysis.model), analysis.inputs, fake=False)
+        try:
+            found = _capture(analysis)
+        finally:
+            forget_fakes()
+    return found
+
+
+def _capture(analysis: ModelAnalysis) -> ModelAnalysis:
     for path, leaf in iterate_leaves(analysis.inputs):
         if isinstance(leaf, Tensor) and leaf.is_nested:
             raise CaptureError(
@@ -220,7 +239,7 @@ def _grown(call: Call, enlarged: dict[Path, tuple[int, ...]]) -> dict[Path, int]
     """The one axis of each tensor of a call that was longer with one more sample."""
     axes = {}
     for path, leaf in iterate_leaves(call.arguments):
-        if isinstance(leaf, TensorInfo) and len(enlarged.get(path, ())) == len(leaf.shape):
+        if isinstance(leaf, TensorInfo) and path in enlarged and len(enlarged[path]) == len(leaf.shape):
             grown = [axis for axis, size in enumerate(enlarged[path]) if size != leaf.shape[axis]]
             if len(grown) == 1:
                 axes[path] = grown[0]
@@ -264,7 +283,7 @@ def _run_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> t
 
 
 def _output_tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _describe(leaf: Any) -> str:

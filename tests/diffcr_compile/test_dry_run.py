@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Shape, original, same_bits, same_snapshot, snapshot, tiny_inputs
-from torch import nn
+from models import Shape, TinyDiT, original, same_bits, same_snapshot, snapshot, tiny_inputs
+from torch import Tensor, nn
 
 import diffcr_compile
 from diffcr_compile import CaptureError
@@ -20,7 +20,7 @@ from diffcr_compile.dry_run import describe_inputs, dry_run, shadow
 SHAPE = Shape("rotary", depth=1, heads=1, head_dim=6)
 
 
-def test_a_shadow_shares_tensors_and_nothing_else() -> None:
+def test_a_shadow_shares_parameters_and_nothing_else() -> None:
     model = original(SHAPE).train()
     copy = shadow(model)
     assert [id(parameter) for parameter in copy.parameters()] == [id(parameter) for parameter in model.parameters()]
@@ -119,3 +119,27 @@ def test_a_description_keeps_the_values_of_integers() -> None:
     assert described["x"].shape == (2, 3)
     assert same_bits((described["ids"], described["mask"]), (inputs["ids"], inputs["mask"]))
     assert described["n"] == [3, None]
+
+
+class Counting(TinyDiT):
+    """Counts its forwards, in a buffer."""
+
+    def forward(self, x: Tensor, timestep: Tensor, rope: Any = None) -> Tensor:
+        self.seen.add_(1)
+        return super().forward(x, timestep, rope=rope)
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["fake", "real"])
+def test_what_a_forward_writes_into_buffers_is_not_left_there(reads: bool) -> None:
+    model = original(SHAPE)
+    model.__class__ = Counting
+    model.register_buffer("seen", torch.zeros(4))
+    if reads:
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: kwargs["x"].sum().item() and None, with_kwargs=True
+        )
+    diffcr_compile.transform(model, example_inputs=tiny_inputs(SHAPE))
+    diffcr_compile.cost(model, tiny_inputs(SHAPE))
+    assert model.seen.tolist() == [0.0] * 4
+    model(**tiny_inputs(SHAPE))
+    assert model.seen.tolist() == [1.0] * 4

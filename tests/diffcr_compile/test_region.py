@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -304,3 +306,130 @@ def test_where_all_rows_are_equal_no_region_is_asked_for(checkpointed: TinyDiT) 
     diffcr_compile.set_ratios(checkpointed, 0.5)
     (loss(checkpointed, 10.0) + loss(checkpointed, 900.0)).backward()
     assert len(gradients(checkpointed)) > 3
+
+
+def as_kind(kind: type[TinyDiT], table: Any = TABLE, **given: Any) -> TinyDiT:
+    """A routed model of a class made from ``TinyDiT``."""
+    plain = original(SHAPE)
+    plain.__class__ = kind
+    diffcr_compile.transform(plain, example_inputs=given or inputs(10.0, 400.0, 990.0))
+    diffcr_compile.set_ratios(plain, table)
+    return plain
+
+
+def one_by_one(model: TinyDiT, given: dict[str, Any]) -> Tensor:
+    return torch.cat([model(given["x"][i : i + 1], given["timestep"][i : i + 1]) for i in range(len(given["x"]))])
+
+
+@pytest.mark.parametrize(("samples", "timesteps"), [(4, 2), (3, 4), (2, 3)])
+def test_another_number_of_timesteps_than_of_samples_is_refused(model: TinyDiT, samples: int, timesteps: int) -> None:
+    x = inputs(*[500.0] * samples)["x"]
+    with pytest.raises(
+        diffcr_compile.UnsupportedError,
+        match=rf"input 'x' of TinyDiT .* {samples} samples, but there are {timesteps} timesteps",
+    ):
+        model(x, torch.linspace(10, 990, timesteps))
+
+
+def test_what_is_broadcast_over_the_samples_is_given_to_every_group() -> None:
+    shape = Shape("plain", depth=2, heads=1, head_dim=6, masked=True)
+    given = tiny_inputs(shape, timestep=torch.tensor([100.0, 900.0, 500.0]))
+    model = diffcr_compile.transform(original(shape), example_inputs=given)
+    diffcr_compile.set_ratios(model, TABLE)
+    mask = given.pop("mask")[:1]
+    assert relative_error(model(**given, mask=mask), model(**given, mask=mask.expand(3, -1, -1))) < 1e-6
+
+
+@pytest.mark.parametrize("table", [TABLE, 0.5], ids=["by region", "uniform"])
+def test_one_picture_at_several_timesteps(model: TinyDiT, table: Any) -> None:
+    diffcr_compile.set_ratios(model, table)
+    x, timesteps = inputs(500.0)["x"], torch.tensor([100.0, 900.0, 500.0])
+    found = model(x, timesteps)
+    assert relative_error(found, model(x.expand(3, -1, -1), timesteps)) < 1e-6
+
+
+@dataclasses.dataclass
+class Output:
+    sample: Tensor
+    scale: float = 1.0
+
+
+class AsDataclass(TinyDiT):
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        return Output(super().forward(x, timestep))
+
+
+class AsNamespace(TinyDiT):
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        return types.SimpleNamespace(sample=super().forward(x, timestep))
+
+
+def test_outputs_in_a_dataclass_are_put_together(model: TinyDiT) -> None:
+    given = inputs(100.0, 900.0, 100.0)
+    found = as_kind(AsDataclass)(**given)
+    assert isinstance(found, Output)
+    assert same_bits(found.sample, model(**given))
+
+
+def test_learning_from_outputs_in_a_dataclass() -> None:
+    model, config = as_kind(AsDataclass, 0.0), diffcr_compile.CalibrationConfig(steps=2)
+    assert diffcr_compile.calibrate(model, [inputs(100.0, 900.0)], budget=0.8, config=config).share <= 0.8
+
+
+def test_outputs_that_can_not_be_put_together_are_refused() -> None:
+    with pytest.raises(
+        diffcr_compile.UnsupportedError, match=r"AsNamespace returns a SimpleNamespace.* one region at a time"
+    ):
+        as_kind(AsNamespace)(**inputs(100.0, 900.0))
+
+
+class Guided(TinyDiT):
+    def guided(self, x: Tensor, timestep: Tensor) -> Tensor:
+        one, other = self.forward(torch.cat([x, x]), torch.cat([timestep, timestep])).chunk(2)
+        return one + 2 * (one - other)
+
+
+def test_a_forward_around_the_hooks_is_refused_where_the_timestep_matters() -> None:
+    model = as_kind(Guided)
+    for _ in range(2):
+        with pytest.raises(diffcr_compile.UnsupportedError, match=r"blocks\.0 .*self\(\.\.\.\) for self\.forward"):
+            model.guided(**inputs(900.0))
+        model(**inputs(900.0))
+    diffcr_compile.set_ratios(model, 0.5)
+    assert bool(model.guided(**inputs(900.0)).isfinite().all())
+    with diffcr_compile.learning(model), pytest.raises(diffcr_compile.UnsupportedError, match="not looked up"):
+        model.guided(**inputs(900.0))
+
+
+def test_a_forward_around_the_hooks_is_refused_with_reuse() -> None:
+    model = diffcr_compile.transform(original(SHAPE), DiffCRConfig(skip="reuse"), example_inputs=inputs(500.0, 400.0))
+    diffcr_compile.set_ratios(model, 0.5)
+    with pytest.raises(diffcr_compile.UnsupportedError, match="not looked up"):
+        model.forward(**inputs(900.0))
+
+
+def in_thousandths(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "timestep": kwargs["timestep"] * 1000}
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_hooks_of_the_root_that_change_its_call_are_part_of_the_model(model: TinyDiT, deferred: bool) -> None:
+    given = inputs(100.0, 900.0, 500.0)
+    scaled = {**given, "timestep": given["timestep"] / 1000}
+    other = original(SHAPE)
+    other.register_forward_pre_hook(in_thousandths, with_kwargs=True)
+    expected = other(**scaled)
+    diffcr_compile.transform(other, example_inputs=None if deferred else scaled)
+    assert same_bits(other(**scaled), expected)
+    diffcr_compile.set_ratios(other, TABLE)
+    assert diffcr_compile.explain(other).plan.timestep == TimestepPlan("timestep", 0.0, 1.0)
+    assert same_bits(other(**scaled), model(**given))
+
+
+def test_an_empty_batch_of_any_form_has_an_empty_result() -> None:
+    for kind in ("plain", "rotary", "joint"):
+        shape = Shape(kind, depth=2, heads=1, head_dim=6)  # type: ignore[arg-type]
+        model = routed(shape)
+        for ratio in (0.0, 0.5, 1.0):
+            diffcr_compile.set_ratios(model, ratio)
+            assert model(**tiny_inputs(shape, batch=0)).shape == (0, 11, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig
@@ -240,3 +242,47 @@ def test_under_autocast_the_same_is_found_as_without(context: Any) -> None:
         plans.append(diffcr_compile.explain(model).plan)
     assert plans[0] == plans[1]
     assert [family.lift for family in plans[0].families] == ["vmap"]
+
+
+def test_in_inference_mode_the_same_is_found_as_outside() -> None:
+    plans = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        model = diffcr_compile.transform(original(SHAPE))
+        with mode():
+            model(**INPUTS)
+        plans.append(diffcr_compile.explain(model).plan)
+    assert plans[0] == plans[1]
+    assert diffcr_compile.ratios(model).shape == (4, 3)
+
+
+def test_a_count_of_flops_around_the_first_forward_sees_the_forward_alone() -> None:
+    counts = []
+    for model in (original(SHAPE), diffcr_compile.transform(original(SHAPE))):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**INPUTS)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_a_timestep_without_an_axis() -> None:
+    class Scalar(TinyDiT):
+        def forward(self, x: Any, timestep: Any) -> Any:
+            return super().forward(x, timestep.reshape(-1))
+
+    model = original(SHAPE)
+    model.__class__ = Scalar
+    inputs = {**INPUTS, "timestep": torch.tensor(500.0)}
+    expected = model(**inputs)
+    diffcr_compile.transform(model, example_inputs=inputs)
+    assert same_bits(model(**inputs), expected)
+    assert diffcr_compile.ratios(model).shape == (4, 3)
+
+
+@pytest.mark.parametrize("mode", [diffcr_compile.learning, diffcr_compile.trace])
+def test_a_copy_made_in_a_mode_is_not_in_it(mode: Any) -> None:
+    model = routed(SHAPE)
+    diffcr_compile.set_ratios(model, 0.5)
+    with mode(model) as seen:
+        duplicate = copy.deepcopy(model)
+    assert same_bits(duplicate(**INPUTS), model(**INPUTS))
+    assert not any(getattr(seen, "kept", {}).values())
