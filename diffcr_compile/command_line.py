@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import logging
+import shutil
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from .arguments import map_leaves
 from .dry_run import shadow
 from .errors import ArtefactError, CaptureError, DiffCRError
 from .example_inputs import example_inputs
+from .files import make_folder
 from .model_directory import INSTALL, build_model, has_weights, read_inputs, read_json
 from .transform import transform
 
@@ -182,7 +184,7 @@ def explain_command(model: Path, ratio: float, options: DiffCRConfig, inputs: Pa
 @click.option(
     "--output",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
     help="Folder of the routing and its report.",
 )
 @click.option("--config", type=FILE, help="JSON with fields of CalibrationConfig.")
@@ -208,12 +210,9 @@ def calibrate_command(
     if training_free or (options.skip == "reuse" and "preset" not in fields):
         fields["preset"] = "training-free"
     chosen = _calibration_config(fields, config)
-    if output.exists() and any(output.iterdir()) and not (output / "routing.json").is_file():
-        raise ArtefactError(
-            f"{output} is not empty and holds no routing; expected a new folder, or one of a calibration."
-        )
     if not has_weights(model):
         raise DiffCRError(f"{model} holds no weights (*.safetensors), and calibrating random ones is of no use.")
+    _make_output(output)
     denoiser = build_model(model, device, weights=True)
     files = sorted(batches.glob("*.safetensors")) if batches.is_dir() else [batches]
     if not files:
@@ -223,9 +222,12 @@ def calibrate_command(
     _say(f"calibrating {type(denoiser).__name__} to {budget:.0%} on {len(given)} batches")
     transform(denoiser, options, example_inputs=first)
     report = calibrate(denoiser, given, budget=budget, config=chosen, checkpoint=checkpoint)
+    weights = output / "model"
+    if weights.exists() and not weights.samefile(model):
+        shutil.rmtree(weights)  # before save: beside another routing than their own they would pass for its weights
     save(denoiser, output)
     if chosen.preset != "training-free" and chosen.trainable != "routers":
-        denoiser.save_pretrained(output / "model")
+        denoiser.save_pretrained(weights)
     report.save(output)
     _say(f"written to {output}")
     _print(report.to_dict() if as_json else str(report))
@@ -292,6 +294,15 @@ def report_command(folder: Path, output: Path | None, as_json: bool) -> None:
         page = f'<!doctype html>\n<meta charset="utf-8">\n<title>diffcr-compile</title>\n{report._repr_html_()}\n'
         output.write_text(page, encoding="utf-8")
     _print(report.to_dict() if as_json else str(report))
+
+
+def _make_output(folder: Path) -> None:
+    """Where a calibration will be written. Raises ArtefactError where there is something else, or nothing can be written."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "routing.json").is_file():
+        raise ArtefactError(
+            f"{folder} is not empty and holds no routing; expected a new folder, or one of a calibration."
+        )
+    make_folder(folder)
 
 
 def _calibration_config(fields: dict[str, Any], file: Path | None) -> CalibrationConfig:

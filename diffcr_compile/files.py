@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and records that tell whether they were changed since."""
+"""Files that are there whole or not at all, folders for them, and records that tell whether they were changed since."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+from .errors import ArtefactError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder before the work whose result goes there, which an impossible place would lose. Raises ArtefactError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(
+            f"the folder {folder} can't be made ({error.strerror}). Expected a path below a folder that can be written to."
+        ) from error
 
 
 def write_files(contents: dict[Path, bytes]) -> None:

@@ -34,8 +34,8 @@ def record(
         (a generator of its own decides), in the order in which they came. What reuse is measured on needs whole trajectories: no
         limit then. None: all are kept.
     folder: where to keep them as safetensors files, read when they are asked for; None: in memory.
-    Raises ValueError; ArtefactError where ``folder`` exists and is not empty. With a folder, a call with an argument that no file
-    holds (an object of the user's) raises UnsupportedError.
+    Raises ValueError; ArtefactError where ``folder`` exists and is not empty, or can't be made. With a folder, a call with an
+    argument that no file holds (an object of the user's) raises UnsupportedError.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be an integer >= 1, found {limit!r}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import ArtefactError, UnsupportedError
+from .files import make_folder
 
 Batch = dict[str, Any]
 
@@ -22,8 +23,8 @@ Batch = dict[str, Any]
 class Recording(Sequence[Batch]):
     """A sequence of keyword dictionaries, in the order in which they were recorded.
 
-    folder: a new or empty directory, one safetensors file a batch; None: they stay in memory. Raises ArtefactError where it is
-    neither.
+    folder: a new or empty directory, one safetensors file a batch, made where there is none; None: they stay in memory. Raises
+    ArtefactError where it is neither, or can't be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -36,6 +37,8 @@ class Recording(Sequence[Batch]):
             raise ArtefactError(
                 f"{self.folder} exists and is not an empty directory; batches are recorded into a new one."
             )
+        if self.folder is not None:
+            make_folder(self.folder)
         self._batches: list[Batch | Path] = []
         self._number = 0
 
@@ -44,7 +47,6 @@ class Recording(Sequence[Batch]):
         if self.folder is None:
             self._batches.append(batch)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{self._number:06d}.safetensors"
         write_batch(file, batch)
         self._number += 1

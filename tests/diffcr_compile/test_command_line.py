@@ -183,6 +183,39 @@ def test_training_free_calibration_leaves_the_weights(weights: Path, batches: Pa
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_calibrate_leaves_no_weights_of_an_earlier_run(
+    weights: Path, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were learned with the routing that is replaced; but MODEL itself is kept, wherever it lies."""
+    output, config = tmp_path / "out", tmp_path / "calibration.json"
+    rest = ("--batches", batches, "--budget", 0.8, "--output", output)
+    config.write_text(json.dumps({"steps": 2}))
+    answer("calibrate", weights, *rest, "--config", config)
+    assert (output / "model").exists()
+    answer("calibrate", output / "model", *rest, "--training-free")
+    assert (output / "model" / "config.json").exists()
+    there_when_saved: list[bool] = []
+
+    def save(model: Any, path: Path) -> None:
+        there_when_saved.append((path / "model").exists())
+        diffcr_compile.save(model, path)
+
+    monkeypatch.setattr("diffcr_compile.command_line.save", save)
+    config.write_text(json.dumps({"steps": 2, "trainable": "routers"}))
+    answer("calibrate", weights, *rest, "--config", config)
+    assert there_when_saved == [False]
+    assert not (output / "model").exists()
+
+
+def test_calibrate_finds_an_impossible_output_before_it_learns(
+    weights: Path, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("diffcr_compile.command_line.calibrate", pytest.fail)
+    arguments = ("calibrate", weights, "--batches", batches, "--budget", 0.8)
+    assert "can't be made (Not a directory)" in refusal(*arguments, "--output", tmp_path / "file" / "out")
+
+
 @pytest.mark.slow
 def test_bench_times_dense_and_routed(config_only: Path) -> None:
     found = answer("bench", config_only, "--ratio", 0.5, "--repeats", 2)
@@ -269,7 +302,7 @@ def test_budgets_out_of_reach_are_refused(
 ) -> None:
     arguments = ("calibrate", weights, "--batches", batches, "--output", tmp_path / "out", "--training-free")
     assert said in refusal(*arguments, "--budget", budget, code=code)
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_calibrate_refuses_what_it_cannot_use(config_only: Path, weights: Path, batches: Path, tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def test_what_no_file_holds_is_named_and_leaves_no_file(tmp_path: Path, thing: o
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_can_not_be_made_is_found_before_the_first_call(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(diffcr_compile.ArtefactError, match=r"can't be made \(Not a directory\)"),
+        diffcr_compile.record(original(SHAPE), folder=tmp_path / "file" / "calls"),
+    ):
+        pytest.fail("began to record")
+
+
 def test_recording_to_disk_is_recording(tmp_path: Path) -> None:
     model, inputs = original(SHAPE), [tiny_inputs(SHAPE, seed=seed) for seed in range(3)]
     with diffcr_compile.record(model, folder=tmp_path / "calls") as batches:
