@@ -226,6 +226,11 @@ def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostMod
         ):
             model(**map_leaves(convert, inputs))
         state.dense = False
+        if counter.get_total_flops() == 0:
+            raise CaptureError(
+                f"{type(model).__name__} computes nothing on these inputs: its forward has no FLOPs, of which to take a share. "
+                "They hold no samples, or no tokens: expected at least one."
+            )
         idle = [fqn for fqn, seen in calls.items() if not seen]
         if idle:
             raise CaptureError(

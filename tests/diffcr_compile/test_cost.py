@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_other_inputs_cost_otherwise(model: TinyDiT) -> None:
     assert large.dense_flops == reference_flops(lambda: original(SHAPE)(**inputs))
     assert large.routed_flops[0] == reference_flops(lambda: model(**inputs))
     assert diffcr_compile.cost(model) == small
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [diffcr_compile.cost, lambda model, inputs: diffcr_compile.calibrate(model, [inputs], budget=0.7)],
+    ids=["cost", "calibrate"],
+)
+def test_inputs_without_samples_are_refused(model: TinyDiT, ask: Callable[[TinyDiT, Any], Any]) -> None:
+    empty = {name: value[:0] for name, value in tiny_inputs(SHAPE).items()}
+    with pytest.raises(diffcr_compile.CaptureError, match=r"TinyDiT computes nothing .* expected at least one"):
+        ask(model, empty)
 
 
 @pytest.mark.parametrize("settled", [True, False], ids=["settled", "deferred"])
