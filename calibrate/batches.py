@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,11 +12,60 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names
-from ..errors import CalibrationError, UnsupportedError
+from ..errors import CalibrationError, CaptureError, DiffCRError, UnsupportedError
 from ..region import group_samples, pick_samples, pin_region, region_of, regions_of_call, timestep_value
 from ..routed import ModelRouting
 
 Batch = dict[str, Any]
+
+
+class Batches(Sequence[Batch]):
+    """Batches that are read when they are used, and the one that was read last: what the model raises then is about that.
+
+    origins: of each the numbers, among those that calibrate was given, of the batches that its samples are from; None: its own.
+    """
+
+    def __init__(self, batches: Sequence[Batch], origins: Sequence[Sequence[int]] | None = None) -> None:
+        self._batches, self._origins = batches, origins
+        self._last: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        self._last = None  # where there is none, as at the end of a loop
+        batch = self._batches[place]
+        self._last = place
+        return batch
+
+    def name(self, place: int) -> str:
+        """``batch 3``, as the user counts them from 0."""
+        origins = [place] if self._origins is None else self._origins[place]
+        return f"{'batch' if len(origins) == 1 else 'batches'} {', '.join(map(str, origins))}"
+
+    @contextlib.contextmanager
+    def named(self, model: nn.Module) -> Iterator[None]:
+        """Around what runs the model on one batch after the other: an error says on which.
+
+        What the model raises becomes a CalibrationError. Memory that is short is no fault of a batch.
+        """
+        self._last = None
+        try:
+            yield
+        except Exception as error:  # whatever the user's model raises
+            if self._last is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            name = self.name(self._last)
+            if isinstance(error, CaptureError | UnsupportedError):
+                raise type(error)(f"{name}: {error}") from error
+            if isinstance(error, DiffCRError):
+                raise
+            raise CalibrationError(
+                f"{type(model).__name__} could not be run on {name}. It raised {type(error).__name__}: {error}. Expected batches "
+                "that model(**batch) accepts."
+            ) from error
+        finally:
+            self._last = None
 
 
 def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
@@ -61,7 +111,7 @@ def drawn(num_batches: int, draw: int, seed: int) -> int:
     return int(torch.randperm(num_batches, generator=generator, device="cpu")[place])
 
 
-def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -> Sequence[Batch]:
+def by_region(model: nn.Module, state: ModelRouting, batches: Batches) -> Batches:
     """The same samples, put together so that each batch lies in one timestep region.
 
     A batch of samples from all regions runs as several small forwards, one for each. Batches are left as they are where that is
@@ -71,9 +121,9 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -
     if timestep is None or state.num_regions == 1 or state.config.guidance == "shared":
         return batches
     names = positional_names(type(model).forward)
-    piles: dict[Any, list[Batch]] = {}
+    piles: dict[Any, list[tuple[Batch, list[int]]]] = {}
     largest, mixed = 0, False
-    for batch in batches:
+    for place, batch in enumerate(batches):
         regions = region_of(timestep_value(batch, timestep, model), timestep, state.num_regions)
         leaves = [(leaf, axes[path]) for path, leaf in iterate_leaves(batch) if path in axes and leaf is not None]
         sizes = [leaf.shape[axis] if isinstance(leaf, Tensor) and leaf.ndim > axis else 1 for leaf, axis in leaves]
@@ -81,15 +131,15 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Sequence[Batch]) -
             return batches
         largest, mixed = max(largest, len(regions)), mixed or len(set(regions)) > 1
         for region in dict.fromkeys(regions):
-            samples = torch.tensor([place for place, found in enumerate(regions) if found == region], device="cpu")
+            samples = torch.tensor([row for row, found in enumerate(regions) if found == region], device="cpu")
             try:
                 part = bind_arguments(names, *pick_samples(model, state, samples, len(regions), (), batch))
             except UnsupportedError:
                 return batches
-            piles.setdefault((region, _kind(axes, part)), []).append(part)
+            piles.setdefault((region, _kind(axes, part)), []).append((part, [place] * len(samples)))
     if not mixed:
         return batches
-    return [joined for pile in piles.values() for joined in _join(axes, pile, largest)]
+    return Batches(*zip(*(joined for pile in piles.values() for joined in _join(axes, pile, largest)), strict=True))
 
 
 def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -110,24 +160,24 @@ def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batc
                 yield part
 
 
-def _join(axes: dict[Path, int], pile: list[Batch], size: int) -> list[Batch]:
-    """The samples of a pile in batches of ``size``; the last may be smaller."""
-    columns = [dict(iterate_leaves(part)) for part in pile]
+def _join(axes: dict[Path, int], pile: list[tuple[Batch, list[int]]], size: int) -> Iterator[tuple[Batch, list[int]]]:
+    """The samples of a pile in batches of ``size``, and of each the places that its samples come from; the last may be smaller."""
+    columns = [dict(iterate_leaves(part)) for part, _ in pile]
+    places = [place for _, from_places in pile for place in from_places]
     joined = {
         path: torch.cat([column[path] for column in columns], dim=axis)
         for path, axis in axes.items()
         if columns[0].get(path) is not None
     }
-    path, leaf = next(iter(joined.items()))
-    count = leaf.shape[axes[path]]
 
-    def part(start: int) -> Batch:
-        length = min(size, count - start)
+    def part(start: int, length: int) -> Batch:
         return map_leaves(
-            lambda at, other: joined[at].narrow(axes[at], start, length) if at in joined else other, pile[0]
+            lambda at, other: joined[at].narrow(axes[at], start, length) if at in joined else other, pile[0][0]
         )
 
-    return [part(start) for start in range(0, count, size)]
+    for start in range(0, len(places), size):
+        own = places[start : start + size]
+        yield part(start, len(own)), sorted(set(own))
 
 
 def _kind(axes: dict[Path, int], bound: Batch) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from ..routed import ModelRouting, router_weight
 from ..sharding import is_sharded, like, whole
 from ..table import read_table, write_table
 from .appraise import UNIFORM, TokenMap, map_tokens, spread_over_timesteps
-from .batches import Batch, by_region, drawn, model_inputs, to_device
+from .batches import Batch, Batches, by_region, drawn, model_inputs, to_device
 from .checkpoint import Checkpoint, digest_weights
 from .examine import examine_routers, examine_table
 from .objective import dense_outputs, distillation_loss, output_tensors
@@ -82,7 +82,7 @@ class Learner:
         lowered: Lowered | None,
     ) -> None:
         self.model, self.state, self.task, self.config = model, state, task, task.config
-        self.batches, self.checkpoint, self.lowered = batches, checkpoint, lowered
+        self.batches, self.checkpoint, self.lowered = Batches(batches), checkpoint, lowered
         self.targets: list[list[Tensor]] = []
         self.before: list[list[int]] = []
         self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
@@ -101,12 +101,11 @@ class Learner:
         if self.task.loss is None:
             nn.Module.train(self.model, False)  # exported modules refuse eval()
         if self.config.preset == "training-free":
-            self._choose_tables()
+            with self._named():
+                self._choose_tables()
         else:
-            if self.state.config.skip == "reuse":
-                self._find_predecessors()
-            elif self.task.loss is None:
-                self.batches = by_region(self.model, self.state, self.batches)
+            with self._named():
+                self._put_in_order()
             self._build_optimizer()
             if not self._resume():
                 self._prepare()
@@ -115,6 +114,17 @@ class Learner:
         report = self._report(start)
         self.state.trained, self.state.report = True, report.to_dict()
         return report
+
+    def _named(self) -> contextlib.AbstractContextManager[None]:
+        """Around what runs the model on batches; not a loss of the user's, whose errors are the user's."""
+        return self.batches.named(self.model)
+
+    def _put_in_order(self) -> None:
+        """Before learning: which batches go before which, or batches of one timestep region each."""
+        if self.state.config.skip == "reuse":
+            self._find_predecessors()
+        elif self.task.loss is None:
+            self.batches = by_region(self.model, self.state, self.batches)
 
     def _find_predecessors(self) -> None:
         self.before = find_predecessors(
@@ -197,10 +207,11 @@ class Learner:
 
     def _prepare(self) -> None:
         """What comes before the first step."""
-        if self.weights and self.task.loss is None:
-            for batch in self._all("dense outputs"):
-                self.targets.append([output.cpu() for output in dense_outputs(self.model, batch)])
-        self._warm_start()
+        with self._named():
+            if self.weights and self.task.loss is None:
+                for batch in self._all("dense outputs"):
+                    self.targets.append([output.cpu() for output in dense_outputs(self.model, batch)])
+            self._warm_start()
         if not self.config.num_learning:
             self._take_present_table()
         if self.checkpoint is not None:
@@ -327,16 +338,27 @@ class Learner:
         """Batches to learn from."""
         return [index for index in range(len(self.batches)) if not self.before or self.before[index]]
 
-    def _rehearsed(self, index: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _rehearsed(self, index: int) -> Iterator[None]:
         """With reuse: what the steps before this batch leave in memory."""
-        if not self.before:
-            return contextlib.nullcontext()
-        before = [self._inputs(self.batches[place]) for place in self.before[index]]
-        return rehearsed(self.model, self.state, before, self._inputs(self.batches[index]))
+
+        def read(place: int) -> Batch:
+            return self._inputs(self.batches[place])
+
+        with contextlib.ExitStack() as stack:
+            if self.before:
+                with self._named():
+                    stack.enter_context(rehearsed(self.model, self.state, self.before[index], index, read))
+            yield
 
     def _loss(self, index: int) -> Tensor:
         if self.task.loss is not None:
-            value: object = self.task.loss(self.model, to_device(self.model, self.batches[index]))
+            batch = to_device(self.model, self.batches[index])
+            try:
+                value: object = self.task.loss(self.model, batch)
+            except Exception as error:
+                error.add_note(f"in {self.batches.name(index)} of calibrate")
+                raise
             if not isinstance(value, Tensor) or value.numel() != 1:
                 shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
                 raise TypeError(
@@ -493,7 +515,8 @@ class Learner:
         """What ``look`` finds for the report; where it fails ``nothing``, and a remark: what was learned is worth more. Not where
         others share the work, who would wait for this process."""
         try:
-            return look()
+            with self._named():
+                return look()
         except Exception as error:  # whatever the user's model or batches raise
             if num_processes() > 1:
                 raise
@@ -543,9 +566,10 @@ class Learner:
 
     def _distance(self, index: int) -> Tensor:
         """Of this batch's outputs from the dense ones, () float32."""
-        batch = self._inputs(self.batches[index])
-        targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
-        return distillation_loss(output_tensors(self.model(**batch)), targets)
+        with self._named():
+            batch = self._inputs(self.batches[index])
+            targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
+            return distillation_loss(output_tensors(self.model(**batch)), targets)
 
 
 def _clip(parameters: list[Tensor], largest: float) -> float:

@@ -6,7 +6,7 @@ Dense forwards would not do: they leave every token one step old, and ratios far
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,11 @@ def find_predecessors(model: nn.Module, state: ModelRouting, batches: Iterable[B
 
 
 @contextlib.contextmanager
-def rehearsed(model: nn.Module, state: ModelRouting, before: Sequence[Batch], batch: Batch) -> Iterator[None]:
-    """Inside, forwards on ``batch``, and their backward, find in memory what a sampling that began with the batches ``before`` it
-    leaves at the present table, and change nothing of it."""
+def rehearsed(
+    model: nn.Module, state: ModelRouting, before: Sequence[int], place: int, read: Callable[[int], Batch]
+) -> Iterator[None]:
+    """Inside, forwards on the batch at ``place``, and their backward, find in memory what a sampling that began with the batches
+    ``before`` it leaves at the present table, and change nothing of it. ``read`` gives the batch at a place, when it is run."""
     timestep = state.plan.timestep
     assert timestep is not None
     current, trajectory = state.current, Trajectory(fills=True, degree=state.degree)
@@ -66,14 +68,14 @@ def rehearsed(model: nn.Module, state: ModelRouting, before: Sequence[Batch], ba
     # processes that share a model must run it equally often: the first step, which is dense and forgets, is taken again
     repeats = REHEARSED - len(before) if is_sharded(model) else 0
     try:
-        for place, each in enumerate([before[0]] * repeats + list(before)):
+        for number, each in enumerate(map(read, [before[0]] * repeats + list(before))):
             region = in_one_region(regions_of_call(model, state, each))
-            trajectory.step(timestep_value(each, timestep, model), latent_grid(each), first=place <= repeats)
+            trajectory.step(timestep_value(each, timestep, model), latent_grid(each), first=number <= repeats)
             with torch.no_grad(), pin_region(state, region, tuple(block.ratios[region] for block in state.blocks)):
                 model(**each)
     finally:
         current.trajectory, state.learning = None, learning
-    trajectory.fills = False
+    trajectory.fills, batch = False, read(place)
     trajectory.step(timestep_value(batch, timestep, model), latent_grid(batch), first=False)
     state.rehearsal = trajectory
     try:

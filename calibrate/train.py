@@ -76,9 +76,10 @@ def calibrate(
     In several processes (``torch.distributed``, ``accelerate launch``) each learns on the batches it is given; gradients are
     averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2.
 
-    Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, with reuse none that follows another, or a
-    loss that is not finite or grows beyond return), ArtefactError (the checkpoint is damaged or of other settings),
-    UnsupportedError, NotTransformedError, ValueError, TypeError. After any error, or an interrupt, the model is as before: table,
+    Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, one that the model can't be run on, with
+    reuse none that follows another, or a loss that is not finite or grows beyond return), ArtefactError (the checkpoint is damaged
+    or of other settings), CaptureError, UnsupportedError, NotTransformedError, ValueError, TypeError; what a loss of one's own
+    raises passes, with a note of the batch. Batches count from 0. After any error, or an interrupt, the model is as before: table,
     routers and the weights that learn, of which the CPU holds a copy meanwhile.
     """
     model = unwrap(model)

@@ -5,18 +5,30 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffcr_compile.calibration.batches import by_region, drawn, read_batches, to_device
+from diffcr_compile.calibration.batches import Batches, by_region, drawn, read_batches, to_device
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Shape, TinyDiT, facebook_dit, facebook_inputs, routed, tensors_of, tiny_inputs
+from models import (
+    Shape,
+    TinyDiT,
+    facebook_dit,
+    facebook_inputs,
+    original,
+    routed,
+    same_snapshot,
+    snapshot,
+    tensors_of,
+    tiny_inputs,
+)
 from torch import Tensor, nn
 
 import diffcr_compile
-from diffcr_compile import CalibrationError, DiffCRConfig
+from diffcr_compile import CalibrationConfig, CalibrationError, DiffCRConfig
 from diffcr_compile.region import region_of
 from diffcr_compile.routed import routing_of
 
@@ -58,7 +70,9 @@ def model_of(shape: Shape) -> TinyDiT:
 
 
 def put_together(model: nn.Module, batches: list[Batch]) -> list[Batch]:
-    return by_region(model, routing_of(model), batches)
+    given = Batches(batches)
+    found = by_region(model, routing_of(model), given)
+    return batches if found is given else list(found)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, JOINT], ids=["plain", "joint"])
@@ -220,3 +234,76 @@ def test_tensors_go_to_the_models_device_wherever_they_lie() -> None:
     assert [tensor.device.type for tensor in tensors_of(found)] == ["meta"] * 3
     assert (found["scale"], found["mask"]) == (3, None)
     assert to_device(nn.Identity(), batch)["x"].device.type == "cpu"
+
+
+# What goes wrong on a batch names it.
+
+GOOD = [tiny_inputs(PLAIN, timestep=step) for step in (900.0, 600.0, 300.0, 100.0)]
+BAD: dict[str, Callable[[Batch], Batch]] = {
+    "of another width": lambda batch: {**batch, "x": torch.zeros(3, 11, 7)},
+    "of another dtype": lambda batch: {**batch, "x": batch["x"].double()},
+    "with a key too many": lambda batch: {**batch, "y": torch.zeros(3)},
+    "with a key too few": lambda batch: {"timestep": batch["timestep"]},
+}
+WAYS = {
+    "weights": (CalibrationConfig(steps=4), {}),
+    "routers": (CalibrationConfig(steps=4, trainable="routers", warm_start=False), {}),
+    "training-free": (CalibrationConfig(preset="training-free"), {}),
+    "training-free reuse": (CalibrationConfig(preset="training-free", steps=2), {"skip": "reuse"}),
+    "reuse": (CalibrationConfig(steps=4), {"skip": "reuse"}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_that_the_model_refuses_is_named(way: str, bad: str) -> None:
+    config, options = WAYS[way]
+    model = diffcr_compile.transform(original(PLAIN), DiffCRConfig(**options), example_inputs=GOOD[0])
+    before = snapshot(model)
+    batches = [GOOD[0], BAD[bad](GOOD[1]), *GOOD[2:]]
+    with pytest.raises(CalibrationError, match=r"TinyDiT could not be run on batch 1\. It raised \w+: ") as raised:
+        diffcr_compile.calibrate(model, batches, budget=0.9, config=config)
+    assert str(raised.value.__cause__) in str(raised.value)
+    assert same_snapshot(snapshot(model), before)
+
+
+def test_a_refusal_of_our_own_keeps_its_kind_and_names_the_batch() -> None:
+    batches = [GOOD[0], {"x": GOOD[1]["x"]}]
+    with pytest.raises(diffcr_compile.UnsupportedError, match="batch 1: TinyDiT is called without its timestep input"):
+        diffcr_compile.calibrate(routed(PLAIN), batches, budget=0.9, config=CalibrationConfig(steps=2))
+
+
+def test_samples_that_were_put_together_anew_keep_their_batch_numbers() -> None:
+    mixed = [tiny_inputs(PLAIN, timestep=timesteps(20, 400, 950), seed=seed) for seed in range(3)]
+    mixed[2] = BAD["of another width"](mixed[2])
+    with pytest.raises(CalibrationError, match="could not be run on batch 2"):
+        diffcr_compile.calibrate(routed(PLAIN), mixed, budget=0.9, config=CalibrationConfig(steps=2))
+    found = by_region(model_of(PLAIN), routing_of(model_of(PLAIN)), Batches(mixed[:2] * 2))
+    assert [found.name(place) for place in range(len(found))] == ["batches 0, 1, 2", "batch 3"] * 3
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by 0"), KeyboardInterrupt()])
+def test_errors_of_a_loss_of_ones_own_pass_with_a_note(error: BaseException) -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if float(batch["timestep"][0]) == 600:
+            raise error
+        return model(**batch).square().mean()
+
+    with pytest.raises(type(error)) as raised:
+        diffcr_compile.calibrate(routed(PLAIN), GOOD, budget=0.9, loss=loss, config=CalibrationConfig(steps=4))
+    assert raised.value is error
+    noted = isinstance(error, Exception)
+    assert getattr(error, "__notes__", []) == ["in batch 1 of calibrate"] * noted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_what_is_no_fault_of_a_batch_passes(error: type[BaseException]) -> None:
+    model = routed(PLAIN)
+
+    def interrupt(*_: object) -> None:
+        if routing_of(model).dense:
+            raise error
+
+    model.head.register_forward_pre_hook(interrupt)
+    with pytest.raises(error):
+        diffcr_compile.calibrate(model, GOOD, budget=0.9, config=CalibrationConfig(steps=2))

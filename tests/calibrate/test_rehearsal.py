@@ -80,9 +80,9 @@ STEPS = (990.0, 900.0, 780.0, 600.0)
 @contextmanager
 def learning_ready(model: TinyDiT, batches: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Inside, the last batch has the others behind it."""
-    *before, batch = batches
-    with rehearsed(model, routing_of(model), before, batch):
-        yield batch
+    *before, last = range(len(batches))
+    with rehearsed(model, routing_of(model), before, last, batches.__getitem__):
+        yield batches[last]
 
 
 @torch.no_grad()
