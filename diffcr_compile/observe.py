@@ -27,8 +27,8 @@ def record(
 ) -> Iterator[Sequence[dict[str, Any]]]:
     """Collect what ``model`` is called with inside: a sequence of keyword dictionaries, detached copies on the CPU.
 
-    Works on plain and on transformed models; runs eagerly; calls of other threads are left out. The sequence is what
-    ``calibrate`` takes as batches.
+    Works on plain and on transformed models; runs eagerly; calls of other threads are left out, and those that fail. The sequence
+    is what ``calibrate`` takes as batches.
 
     limit: at most so many calls are kept, >= 1, evenly over the timestep regions of a transformed model and at random within each
         (a generator of its own decides), in the order in which they came. What reuse is measured on needs whole trajectories: no
@@ -44,19 +44,28 @@ def record(
     choice = None if limit is None else _Choice(limit, model)
 
     thread = threading.get_ident()
+    under_way: list[dict[str, Any]] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is model and threading.get_ident() == thread:
-            bound = bind_arguments(positional_names(type(model).forward), args, kwargs)
-            if choice is None or choice.admits(batches, bound):
-                batches.append(map_leaves(_to_cpu, bound))
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is model and threading.get_ident() == thread:  # copied now: a forward may write into its inputs
+            under_way.append(map_leaves(_to_cpu, bind_arguments(positional_names(type(model).forward), args, kwargs)))
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module is model and threading.get_ident() == thread and under_way:
+            batch = under_way.pop()
+            if output is not None and (choice is None or choice.admits(batches, batch)):  # None: the forward has failed
+                batches.append(batch)
 
     with force_eager():
-        handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
+        handles = (
+            model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
+            model.register_forward_hook(end, with_kwargs=True, prepend=True, always_call=True),
+        )
         try:
             yield batches
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 class _Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,6 +38,63 @@ def test_record_on_a_plain_model() -> None:
     assert [list(batch) for batch in batches] == [["x", "timestep"]] * 2
     assert same_bits(batches[0], tiny_inputs(SHAPE))
     assert same_bits(batches[1], inputs)
+
+
+class Fragile(TinyDiT):
+    """Writes into its inputs, calls itself, and fails, as asked."""
+
+    fails = 0
+    calls_itself = False
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        if self.calls_itself:
+            self.calls_itself = False
+            with contextlib.suppress(ZeroDivisionError):
+                self(2 * x, timestep)
+        elif self.fails:
+            self.fails -= 1
+            raise ZeroDivisionError
+        return super().forward(x, timestep)
+
+
+def call(model: Fragile, value: float) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        model(torch.full((1, 3, 5), float(value)), torch.tensor([5.0]))
+
+
+def values_of(batches: Sequence[dict[str, Any]]) -> list[float]:
+    return [float(batch["x"][0, 0, 0]) for batch in batches]
+
+
+def test_record_leaves_out_calls_that_fail() -> None:
+    model = Fragile(SHAPE)
+    before = snapshot(model)
+    with diffcr_compile.record(model) as batches, diffcr_compile.record(model) as others:
+        call(model, 1)
+        model.fails = 2
+        for value in (2, 3, 4):
+            call(model, value)
+        with pytest.raises(TypeError):
+            model(nothing=1)
+        model.calls_itself, model.fails = True, 1
+        call(model, 5)  # the inner call fails, and not the outer one
+        model.calls_itself = True
+        call(model, 6)
+    assert values_of(batches) == values_of(others) == [1, 4, 5, 14, 6]
+    del model.calls_itself, model.fails
+    assert same_snapshot(snapshot(model), before)
+
+
+def test_calls_that_fail_take_no_place_of_others() -> None:
+    model = Fragile(SHAPE)
+    with diffcr_compile.record(model, limit=2) as batches:
+        call(model, 1)
+        call(model, 2)
+        model.fails = 20
+        for value in range(3, 23):
+            call(model, value)
+    assert values_of(batches) == [1, 2]
 
 
 def test_record_keeps_a_split_batch_whole(model: TinyDiT) -> None:
