@@ -73,9 +73,15 @@ def test_every_function_of_a_model_is_here() -> None:
             lambda: diffcr_compile.transform(original(SHAPE), example_inputs=INPUTS).blocks[1],
             r"expected a whole model, found Block, the routed block 'blocks\.1' of one\. Pass that model\.$",
         ),
+        (
+            lambda: torch.jit.trace(original(SHAPE), (INPUTS["x"], INPUTS["timestep"])),
+            r"expected a module whose forward is Python, found TopLevelTracedModule .* that it was traced or scripted from\.$",
+        ),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), r"found RecursiveScriptModule of TorchScript"),
     ],
-    ids=["None", "text", "pipeline", "block"],
+    ids=["None", "text", "pipeline", "block", "traced", "scripted"],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_is_no_model_is_named(name: str, handed: Callable[[], Any], says: str) -> None:
     with pytest.raises(TypeError, match=says):
         call(name, handed())
