@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[floa
 
 def _as_table(values: Any) -> Tensor:
     """``values`` in float64 on the CPU. Raises TypeError; truth values and complex numbers are no ratios."""
+    if isinstance(values, np.ndarray):  # as torch takes arrays: bytes in this machine's order, no negative strides
+        values = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
+    if isinstance(values, Tensor) and (values.layout != torch.strided or values.is_nested or values.is_quantized):
+        raise TypeError(f"expected ratios as a plain dense tensor, found {values!r:.80}")
     try:
         kind = torch.as_tensor(values, device="cpu").dtype
     except (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import Shape, original, routed, tiny_inputs
@@ -59,6 +61,27 @@ class TestTable:
         diffcr_compile.set_ratios(model, values)  # type: ignore[arg-type]
         expected = torch.as_tensor(values, dtype=torch.float64).expand(4, 2)
         assert (diffcr_compile.ratios(model) - expected).abs().max() <= 0.5001e-3  # thousandths, in float32
+
+    @pytest.mark.parametrize("turn", [np.flipud, np.fliplr, np.asfortranarray, lambda table: table.astype(">f4")])
+    def test_may_be_an_array_of_any_layout(self, model: torch.nn.Module, turn: Callable[[Any], Any]) -> None:
+        table = turn(np.arange(8).reshape(4, 2) / 10)
+        diffcr_compile.set_ratios(model, table)
+        assert diffcr_compile.ratios(model).numpy() == pytest.approx(table)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            torch.zeros(4, 2).to_sparse(),
+            torch.zeros(4, 2).to_sparse_csr(),
+            torch.nested.nested_tensor([torch.zeros(2)] * 4),
+            torch.quantize_per_tensor(torch.zeros(4, 2), 0.1, 0, torch.qint8),
+        ],
+        ids=["sparse", "csr", "nested", "quantised"],
+    )
+    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+    def test_is_a_plain_tensor(self, model: torch.nn.Module, values: torch.Tensor) -> None:
+        with pytest.raises(TypeError, match="expected ratios as a plain dense tensor, found"):
+            diffcr_compile.set_ratios(model, values)
 
     def test_is_a_copy(self, model: torch.nn.Module) -> None:
         diffcr_compile.ratios(model).fill_(0.5)
