@@ -359,10 +359,10 @@ class Learner:
             except Exception as error:
                 error.add_note(f"in {self.batches.name(index)} of calibrate")
                 raise
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+                kind = f" of shape {tuple(value.shape)} in {value.dtype}" if isinstance(value, Tensor) else ""
                 raise TypeError(
-                    f"loss must return a tensor of one number, with its gradient, found {type(value).__name__}{shape}"
+                    f"loss must return a tensor of one real number, with its gradient, found {type(value).__name__}{kind}"
                 )
             return value
         return self._distance(index)

@@ -114,7 +114,12 @@ def test_budgets_may_be_numbers_of_tensors_and_arrays(model: TinyDiT, budget: An
         ({"config": {"steps": 2}}, "config must be a CalibrationConfig, found dict"),
         ({"config": diffcr_compile.DiffCRConfig()}, "config must be a CalibrationConfig, found DiffCRConfig"),
         ({"loss": "mse"}, "loss must be a function of the model and a batch, found 'mse'"),
-        ({"loss": lambda *_: 0.5}, "loss must return a tensor of one number, with its gradient, found float"),
+        ({"loss": lambda *_: 0.5}, "loss must return a tensor of one real number, with its gradient, found float"),
+        (
+            {"loss": lambda *_: torch.ones(1, dtype=torch.complex64)},
+            r"real number, .*of shape \(1,\) in torch.complex64",
+        ),
+        ({"loss": lambda *_: torch.ones((), dtype=torch.int64)}, r"real number, .*of shape \(\) in torch.int64"),
         ({"loss": lambda *_: None}, "found NoneType"),
         ({"loss": lambda one, batch: one(**batch)}, r"found Tensor of shape \(3, 40, 5\)"),
         ({"batches": None}, "batches must be several keyword dictionaries of the model's forward, found NoneType"),
