@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
 from ..errors import UnsupportedError
 from ..latency import latency_from_dict, measure_latency
-from ..learning import check_budget, learnables
+from ..learning import check_budget, learnables, plain
 from ..lower import Lowered, unlowered
 from ..routed import ROUTER, ModelRouting, router_weight, settle
 from ..sharding import local, stay_sharded
@@ -112,19 +111,12 @@ def _check_types(loss: object, config: object) -> None:
 
 
 def _check_budgets(budget: Any) -> tuple[float, ...]:
-    budget = _plain(budget)
+    budget = plain(budget)
     several = isinstance(budget, Sequence) and not isinstance(budget, str)
-    budgets = tuple(map(_plain, budget)) if several else (budget,)
-    for share in budgets:
-        check_budget(share)
+    budgets = tuple(map(check_budget, budget if several else (budget,)))
     if not budgets or len(set(budgets)) < len(budgets):
         raise ValueError(f"expected one budget, or several different ones, found {budget!r}")
     return budgets
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, and lists of them, of tensors and arrays."""
-    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
 
 
 def _check_task(budgets: tuple[float, ...], config: CalibrationConfig, loss: Loss | None, checkpoint: Any) -> None:

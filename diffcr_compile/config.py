@@ -7,6 +7,8 @@ with a reason instead of being half understood.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeGuard, TypeVar, get_args
 
@@ -64,13 +66,15 @@ class _Options:
         return cls(**data)
 
 
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raises ValueError for a value that is none of the choices, texts or integers."""
+    if not isinstance(value, str | int) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_share(name: str, value: object) -> None:
@@ -79,7 +83,7 @@ def _check_share(name: str, value: object) -> None:
 
 
 def _check_number(name: str, value: object, *, positive: bool = False, finite: bool = True) -> None:
-    if not finite and value == math.inf:
+    if not finite and isinstance(value, float) and value == math.inf:
         return
     if not _is_number(value):
         raise ValueError(f"{name} must be a finite number, found {value!r}")
@@ -87,9 +91,10 @@ def _check_number(name: str, value: object, *, positive: bool = False, finite: b
         raise ValueError(f"{name} must {'be positive' if positive else 'not be negative'}, found {value!r}")
 
 
-def _check_count(name: str, value: object, least: int = 1, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        bound = f">= {least}" if most is None else f"from {least} to {most}"
+def _check_count(name: str, value: object, least: int = 1, most: int = sys.maxsize) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        too_large = isinstance(value, int) and value > most
+        bound = f"from {least} to {most}" if most < sys.maxsize or too_large else f">= {least}"
         raise ValueError(f"{name} must be an integer {bound}, found {value!r}")
 
 
@@ -151,7 +156,7 @@ class DiffCRConfig(_Options):
     timestep_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("skip", self.skip, get_args(Skip))
+        check_choice("skip", self.skip, get_args(Skip))
         reuses = self.skip == "reuse"
         if self.num_regions is None:
             object.__setattr__(self, "num_regions", 50 if reuses else 4)
@@ -159,26 +164,26 @@ class DiffCRConfig(_Options):
         for name, value in (("context", "all" if reuses else "kept"), ("selection", "turn" if reuses else "score")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        _check_choice("context", self.context, get_args(Context))
+        check_choice("context", self.context, get_args(Context))
         if self.context == "stale" and not reuses:
             raise ValueError("context='stale' remembers the skipped tokens' keys and values: it needs skip='reuse'")
-        _check_choice("selection", self.selection, get_args(Selection))
+        check_choice("selection", self.selection, get_args(Selection))
         _check_count("extrapolation", self.extrapolation, least=0)
-        _check_choice("extrapolation", self.extrapolation, (0, 1, 2))
+        check_choice("extrapolation", self.extrapolation, (0, 1, 2))
         if self.memory_dtype is not None:
-            _check_choice("memory_dtype", self.memory_dtype, get_args(MemoryDtype))
+            check_choice("memory_dtype", self.memory_dtype, get_args(MemoryDtype))
         if self.selection != "score" and not reuses:
             raise ValueError(
                 f"selection={self.selection!r} counts the steps since a token's last update: it needs skip='reuse'"
             )
-        _check_choice("router", self.router, get_args(RouterInput))
-        _check_choice("guidance", self.guidance, get_args(Guidance))
+        check_choice("router", self.router, get_args(RouterInput))
+        check_choice("guidance", self.guidance, get_args(Guidance))
         if self.selection == "turn" and (self.router, self.guidance) != ("token", "separate"):
             raise ValueError(
                 "selection='turn' asks no router, and all samples keep the same tokens: expected router='token' and "
                 f"guidance='separate', found {self.router!r} and {self.guidance!r}"
             )
-        _check_choice("gate", self.gate, get_args(Gate))
+        check_choice("gate", self.gate, get_args(Gate))
         _check_share("min_flops_share", self.min_flops_share)
         if not isinstance(self.timestep_argument, str | None):
             raise ValueError(f"timestep_argument must be an input's name or None, found {self.timestep_argument!r}")
@@ -277,7 +282,7 @@ class CalibrationConfig(_Options):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("preset", self.preset, get_args(Preset))
+        check_choice("preset", self.preset, get_args(Preset))
         given = {name for name in ("ramp", "settle") if getattr(self, name) is not None}
         for name, value in _PRESETS[self.preset].items():
             if getattr(self, name) is None:
@@ -289,9 +294,9 @@ class CalibrationConfig(_Options):
         for name, other in (("ramp", self.settle), ("settle", self.ramp)):
             if name not in given:  # it makes room for the other, where only that was given
                 object.__setattr__(self, name, min(getattr(self, name), 1 - other))
-        _check_choice("trainable", self.trainable, get_args(Trainable))
-        _check_choice("estimator", self.estimator, get_args(Estimator))
-        _check_choice("budget_kind", self.budget_kind, get_args(BudgetKind))
+        check_choice("trainable", self.trainable, get_args(Trainable))
+        check_choice("estimator", self.estimator, get_args(Estimator))
+        check_choice("budget_kind", self.budget_kind, get_args(BudgetKind))
         for name in ("lora_rank", "accumulation", "checkpoint_every"):
             _check_count(name, getattr(self, name))
         _check_count("steps", self.steps, 0 if self.preset == "training-free" else 1)
@@ -313,10 +318,12 @@ class CalibrationConfig(_Options):
     def _check_nothing_learns(self) -> None:
         for field in fields(self):
             expected = _PRESETS[self.preset].get(field.name, field.default)
-            if field.name not in _MEASURES and getattr(self, field.name) != expected:
+            found = getattr(self, field.name)
+            same = isinstance(found, str | int | float) and found == expected
+            if field.name not in _MEASURES and not same:
                 raise ValueError(
-                    f"preset 'training-free' learns nothing: {field.name} must be {expected!r}, found "
-                    f"{getattr(self, field.name)!r}. Leave it out, or take another preset"
+                    f"preset 'training-free' learns nothing: {field.name} must be {expected!r}, found {found!r}. "
+                    "Leave it out, or take another preset"
                 )
 
     @property

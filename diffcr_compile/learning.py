@@ -6,11 +6,13 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import Estimator
+from .config import Estimator, check_choice
 from .cost import cost_model
 from .errors import UnsupportedError
 from .estimators import ESTIMATORS, estimate
@@ -47,8 +49,7 @@ def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[
     Raises ValueError for another estimator; UnsupportedError under ``torch.inference_mode``; NotTransformedError; CaptureError
     where the blocks have not been looked for yet.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, found {estimator!r}")
+    check_choice("estimator", estimator, ESTIMATORS)
     model = unwrap(model)
     if torch.is_inference_mode_enabled():
         raise UnsupportedError(
@@ -73,21 +74,29 @@ def learnables(model: nn.Module, state: ModelRouting) -> Learnable:
     return Learnable(state.masters, routers)  # type: ignore[arg-type]
 
 
-def budget_loss(model: nn.Module, budget: float) -> Tensor:
+def budget_loss(model: nn.Module, budget: float | Tensor | np.ndarray | np.generic) -> Tensor:
     """Squared distance of the expected share of the dense FLOPs from ``budget``: differentiable, () float32 on the CPU.
 
-    Between bins the share is mixed as the outputs are. budget: in (0, 1]. Raises ValueError, NotTransformedError.
+    Between bins the share is mixed as the outputs are. budget: in (0, 1], a number, or a tensor or array of one.
+    Raises ValueError, NotTransformedError.
     """
-    check_budget(budget)
+    target = check_budget(budget)
     model = unwrap(model)
     state = settle(model)
-    return (cost_model(model).expected_share(learnables(model, state).ratios) - budget).square()
+    return (cost_model(model).expected_share(learnables(model, state).ratios) - target).square()
 
 
-def check_budget(budget: float) -> None:
-    """Raises ValueError for a budget outside (0, 1]."""
+def plain(value: Any) -> Any:
+    """Numbers, and lists of them, of tensors and arrays."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+
+
+def check_budget(budget: Any) -> float:
+    """A budget as a plain number. Raises ValueError for one outside (0, 1]."""
+    budget = plain(budget)
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise ValueError(f"budget is the share of the dense FLOPs to keep and must lie in (0, 1], found {budget!r}")
+    return budget
 
 
 @contextlib.contextmanager

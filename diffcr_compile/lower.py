@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves, map_leaves
-from .config import Scope
+from .config import Scope, check_choice
 from .context import ContextGraph
 from .errors import LoweringError
 from .region import pin_region
@@ -58,10 +58,9 @@ def lower(model: nn.Module, *, scope: Scope = "auto", mode: Mode | None = None, 
     long as no two scores tie. A ``model.compile()`` of one's own is set aside until ``restore``.
     Raises LoweringError for a combination that can't work, NotTransformedError, CaptureError. The model is then as it was.
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope must be one of {', '.join(map(repr, get_args(Scope)))}, found {scope!r}")
-    if mode is not None and mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, found {mode!r}")
+    check_choice("scope", scope, get_args(Scope))
+    if mode is not None:
+        check_choice("mode", mode, get_args(Mode))
     _check_options(**options)
     recorder = _cuda_graph_option(mode, options)
     if scope == "regional" and recorder:

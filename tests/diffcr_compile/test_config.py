@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,9 @@ CONFIGS = st.one_of(
         warm_start=st.booleans(),
     ),
 )
+
+HUGE = 10**400
+"""More than any float."""
 
 
 @given(config=CONFIGS)
@@ -141,6 +145,21 @@ def test_what_is_given_as_none_is_read_as_a_value(config: DiffCRConfig | Calibra
         (CalibrationConfig, {"warm_start": "no"}, "warm_start must be True or False, found 'no'"),
         (CalibrationConfig, {"ramp": "long"}, "ramp must lie in \\[0, 1\\], found 'long'"),
         (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
+        *(
+            (cls, {**others, name: found}, f"{name} must (be|lie) .*, found {re.escape(repr(found))}")
+            for found in (np.array([1, 2]), [1], {})
+            for cls, name, others in (
+                *((DiffCRConfig, name, {}) for name in ("skip", "context", "extrapolation", "min_flops_share", "gate")),
+                *((CalibrationConfig, name, {}) for name in ("preset", "estimator", "steps", "max_grad_norm", "ramp")),
+                (CalibrationConfig, "learning_rate", {"preset": "training-free"}),
+            )
+        ),
+        (DiffCRConfig, {"num_regions": HUGE}, f"num_regions must be an integer from 1 to {2**63 - 1}, found 1000"),
+        (DiffCRConfig, {"min_flops_share": HUGE}, "min_flops_share must lie in"),
+        (DiffCRConfig, {"timestep_range": (0, HUGE)}, "timestep_range must be .* two finite numbers"),
+        (CalibrationConfig, {"steps": HUGE}, "steps must be an integer from 1 to"),
+        (CalibrationConfig, {"learning_rate": HUGE}, "learning_rate must be a finite number"),
+        (CalibrationConfig, {"max_grad_norm": HUGE}, "max_grad_norm must be a finite number"),
         (CalibrationConfig, {"settle": 0.9, "steps": 3, "ramp": 0.1}, "settle=0.9 leaves none of the 3 steps to learn"),
     ],
 )

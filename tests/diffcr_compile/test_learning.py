@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from models import Shape, TinyDiT, original, relative_error, routed, same_bits, tiny_inputs
@@ -31,6 +35,18 @@ def test_learnables_are_the_same_tensors_each_time(model: TinyDiT) -> None:
     assert (first.ratios.dtype, tuple(first.ratios.shape)) == (torch.float32, (4, 2))
     assert [tuple(router.shape) for router in first.routers] == [(6,), (6,)]
     assert first.routers[0] is model.blocks[0].diffcr_router.weight
+
+
+@pytest.mark.parametrize("estimator", ["three-bin", ["two-bin"], None])
+def test_another_estimator_is_named(model: TinyDiT, estimator: object) -> None:
+    said = f"estimator must be one of 'two-bin', 'single-pass', found {estimator!r}"
+    with pytest.raises(ValueError, match=re.escape(said)), diffcr_compile.learning(model, estimator=estimator):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize("budget", [np.float32(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
+def test_a_budget_may_be_a_number_of_torch_or_numpy(model: TinyDiT, budget: Any) -> None:
+    assert float(diffcr_compile.budget_loss(model, budget)) == float(diffcr_compile.budget_loss(model, 0.5))
 
 
 def test_ratios_leave_zero(model: TinyDiT) -> None:
