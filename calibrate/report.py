@@ -7,6 +7,7 @@ import html
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,7 @@ class CalibrationReport:
             raise ArtefactError(f"{folder} holds no report; expected the file {_JSON} there.")
         try:
             return cls.from_dict(json.loads(file.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ArtefactError(f"{file} is damaged or newer than this package: {error}.") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,7 +193,8 @@ class CalibrationReport:
         numbers = (self.budget, self.share, self.seconds, *self.region_flops, self.dense_flops)
         shape = (len(self.region_flops), len(self.blocks))
         for holds, what in (
-            (all(type(value) in (int, float) for value in numbers), "numbers"),
+            (all(map(_is_number, numbers)), "numbers"),
+            (self.dense_flops > 0, "FLOPs of the dense model"),
             (self.budget_kind in UNITS, f"one of {', '.join(UNITS)} for budget_kind"),
             (
                 all(tuple(table.shape) == shape for table in (self.table, *self.tables.values())),
@@ -202,14 +204,15 @@ class CalibrationReport:
             (all(type(error) is float for error in self.trials.values()), "errors of what was tried"),
             (
                 all(
-                    type(value) in (int, float)
+                    _is_number(value)
                     for line in (self.errors, self.uniform)
                     for point in line.items()
                     for value in point
                 ),
                 "errors by share",
             ),
-            (all({"step", "loss", "share", "phase"} <= set(entry) for entry in self.history), "steps in the history"),
+            (all(_is_step(entry) for entry in self.history), "steps in the history"),
+            (all(_is_number(value) for *ends, counts in self.scores for value in (*ends, *counts)), "counts of scores"),
         ):
             if not holds:
                 raise ValueError(f"a report holds {what}")
@@ -264,6 +267,15 @@ class CalibrationReport:
             axes.imshow(
                 shares.numpy(), aspect="auto", cmap="viridis", origin="lower", extent=(0, 1, -0.5, len(counts) - 0.5)
             )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float holds; one that is not finite may be measured."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
+def _is_step(entry: dict[str, Any]) -> bool:
+    return "phase" in entry and all(_is_number(entry.get(name)) for name in ("step", "loss", "share"))
 
 
 def _read_table(rows: Any) -> Tensor:

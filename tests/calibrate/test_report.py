@@ -182,6 +182,10 @@ def test_notebooks_show_text_and_picture(name: str, request: pytest.FixtureReque
     assert report._repr_png_().startswith(b"\x89PNG")
 
 
+HUGE = 10**400
+"""More than any float."""
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -208,10 +212,7 @@ def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
     [
         *[("table", "x"), ("tables", [[0.5]]), ("timestep", [1]), ("scores", [1]), ("unknown", 1)],
         *(
-            pytest.param(
-                field,
-                value,
-            )
+            pytest.param(field, value, id=f"{field} {value!r:.40}")
             for field, value in (
                 ("table", None),
                 ("history", [3]),
@@ -219,6 +220,16 @@ def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
                 ("budget_kind", "x"),
                 ("region_flops", [1]),
                 ("errors", [["x", 1.0]]),
+                ("errors", [[0.5, HUGE]]),
+                ("dense_flops", 0),
+                ("dense_flops", float("nan")),
+                ("region_flops", [HUGE] * 2),
+                ("budget", HUGE),
+                ("table", [[HUGE]]),
+                ("tables", [[HUGE, [[0.5]]]]),
+                ("history", [{"step": 0, "loss": HUGE, "share": 0.5, "phase": "learn"}]),
+                ("history", [{"step": 0, "loss": "low", "share": 0.5, "phase": "learn"}]),
+                ("scores", [[0.0, HUGE, [1, 2]]]),
                 ("tokens", [{}]),
                 ("tokens", [vars(TokenMap(None, (1, 1, 3), {"a": "10"}, "ff00ff"))]),
                 ("tokens", [vars(TokenMap(None, (1, 1, 2), {"a": "1x"}, "ff00"))]),
