@@ -43,12 +43,20 @@ def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
 
 
 def bind_inputs(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
-    """The bound call of ``model.forward`` that ``example_inputs`` stand for. Raises TypeError for what is neither form."""
+    """The bound call of ``model.forward`` that ``example_inputs`` stand for. Raises TypeError for what is neither form, and for an
+    argument that is given twice."""
     if isinstance(inputs, dict):
         return dict(inputs)
     match inputs:
         case (tuple() | list() as args, dict() as kwargs):
-            return bind_arguments(positional_names(model.forward), tuple(args), kwargs)
+            names = positional_names(model.forward)
+            twice = [name for name in names[: len(args)] if name in kwargs]
+            if twice:
+                raise TypeError(
+                    f"example_inputs give {type(model).__name__}.forward several values for {', '.join(map(repr, twice))}: by "
+                    "position, and by name"
+                )
+            return bind_arguments(names, tuple(args), kwargs)
     raise TypeError(
         f"example_inputs must be a dict of keyword arguments of {type(model).__name__}.forward, or (args, kwargs); "
         f"found {type(inputs).__name__}"

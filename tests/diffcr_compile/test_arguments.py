@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diffcr_compile.arguments import (
     bind_arguments,
+    bind_inputs,
     iterate_leaves,
     leaf_name,
     map_leaves,
@@ -54,6 +55,13 @@ def test_one_call_has_one_form_however_it_is_written() -> None:
     forms = [((1, 2), {"d": 3, "c": 4}), ((1,), {"c": 4, "b": 2, "d": 3}), ((), {"b": 2, "a": 1, "d": 3, "c": 4})]
     bound = [bind_arguments(NAMES, *form) for form in forms]
     assert [list(one.items()) for one in bound] == [[("a", 1), ("b", 2), ("c", 4), ("d", 3)]] * 3
+
+
+def test_an_argument_given_twice_is_refused_as_in_a_call() -> None:
+    model, x = torch.nn.Linear(2, 2), torch.zeros(1, 2)
+    assert bind_inputs(model, ((x,), {})) == bind_inputs(model, ((), {"input": x})) == {"input": x}
+    with pytest.raises(TypeError, match=r"Linear\.forward several values for 'input': by position, and by name"):
+        bind_inputs(model, ((x,), {"input": x}))
 
 
 def test_a_gap_among_the_positional_is_passed_by_name() -> None:
