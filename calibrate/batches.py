@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names
+from ..arguments import Path, bind_arguments, iterate_leaves, leaf_name, map_leaves, positional_names
 from ..errors import CalibrationError, CaptureError, DiffCRError, UnsupportedError
 from ..region import group_samples, pick_samples, pin_region, region_of, regions_of_call, timestep_value
 from ..routed import ModelRouting
@@ -70,18 +70,24 @@ class Batches(Sequence[Batch]):
 
 def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
     """All of them; a sequence stays as it is, and may read its batches when asked. Raises CalibrationError where there are none,
-    TypeError where one is no dictionary, or where they are no several."""
+    or one holds meta tensors; TypeError where one is no dictionary, or where they are no several."""
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         found = "a single one: put it into a list" if isinstance(batches, Mapping) else type(batches).__name__
         raise TypeError(f"batches must be several keyword dictionaries of the model's forward, found {found}")
     read = batches if isinstance(batches, Sequence) else list(batches)
     if not read:
         raise CalibrationError("calibrate was given no batches; expected keyword dictionaries of the model's forward.")
-    for batch in read:
+    for place, batch in enumerate(read):
         if not isinstance(batch, dict):
             raise TypeError(
                 f"batches must be keyword dictionaries of the model's forward, found {type(batch).__name__}"
             )
+        for path, leaf in iterate_leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                raise CalibrationError(
+                    f"batch {place} holds a meta tensor ({leaf_name(path)}), which has no values to learn from. Expected the "
+                    "denoiser's inputs, as diffcr_compile.record collects them."
+                )
     return read
 
 

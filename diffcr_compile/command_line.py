@@ -107,6 +107,17 @@ def _key_value(_: click.Context, __: click.Parameter, given: tuple[str, ...]) ->
         raise click.BadParameter(str(error)) from error
 
 
+def _device(_: click.Context, __: click.Parameter, given: str) -> str:
+    """A device on which models run."""
+    try:
+        kind = torch.device(given).type
+    except RuntimeError as error:
+        raise click.BadParameter(f"{given!r} is no device: {error}") from error
+    if kind == "meta":
+        raise click.BadParameter("expected a device that computes, found 'meta', which holds no values")
+    return given
+
+
 MODEL = click.argument("model", type=FOLDER)
 OPTIONS = click.option(
     "--options", multiple=True, callback=_key_value, metavar="KEY=VALUE", help="Of DiffCRConfig; repeatable."
@@ -115,7 +126,9 @@ INPUTS = click.option(
     "--inputs", type=FILE, help="Safetensors; keys are the forward's keywords.  [default: made from the config]"
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-DEVICE = click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+DEVICE = click.option(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, callback=_device
+)
 
 
 @main.command("explain")
@@ -207,6 +220,10 @@ def calibrate_command(
 ) -> None:
     """Learn ratios, routers and weights within a budget; write the routing, its report, and what weights were trained."""
     fields = {} if config is None else read_json(config)
+    if training_free and fields.get("preset", "training-free") != "training-free":
+        raise click.UsageError(
+            f"--training-free and the preset {fields['preset']!r} of {config} contradict each other: leave one of them out."
+        )
     if training_free or (options.skip == "reuse" and "preset" not in fields):
         fields["preset"] = "training-free"
     chosen = _calibration_config(fields, config)

@@ -267,6 +267,14 @@ def test_a_batch_that_the_model_refuses_is_named(way: str, bad: str) -> None:
     assert same_snapshot(snapshot(model), before)
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_batch_without_values_is_refused(place: int) -> None:
+    batches = list(GOOD)
+    batches[place] = {**GOOD[place], "x": GOOD[place]["x"].to("meta")}
+    with pytest.raises(CalibrationError, match=rf"batch {place} holds a meta tensor \(x\)"):
+        diffcr_compile.calibrate(routed(PLAIN), batches, budget=0.9, config=CalibrationConfig(steps=2))
+
+
 def test_a_refusal_of_our_own_keeps_its_kind_and_names_the_batch() -> None:
     batches = [GOOD[0], {"x": GOOD[1]["x"]}]
     with pytest.raises(diffcr_compile.UnsupportedError, match="batch 1: TinyDiT is called without its timestep input"):

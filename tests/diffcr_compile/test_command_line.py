@@ -284,6 +284,23 @@ def test_bad_options_are_named(config_only: Path, option: str, said: str) -> Non
     assert said in refusal("explain", config_only, "--options", option, code=2)
 
 
+@pytest.mark.parametrize(("device", "said"), [("meta", "expected a device that computes"), ("tpuu", "is no device")])
+@pytest.mark.parametrize("command", ["bench", "calibrate"])
+def test_bad_devices_are_named(weights: Path, batches: Path, command: str, device: str, said: str) -> None:
+    more = ("--batches", batches, "--budget", 0.8, "--output", weights / "out") if command == "calibrate" else ()
+    assert said in refusal(command, weights, "--device", device, *more, code=2)
+
+
+def test_another_preset_beside_training_free_is_refused(weights: Path, batches: Path, tmp_path: Path) -> None:
+    config, output = tmp_path / "calibration.json", tmp_path / "out"
+    config.write_text('{"preset": "paper"}')
+    arguments = ("calibrate", weights, "--batches", batches, "--budget", 0.8, "--output", output)
+    said = refusal(*arguments, "--training-free", "--config", config, code=2)
+    assert "--training-free" in said
+    assert "'paper'" in said
+    assert not output.exists()
+
+
 def test_bad_inputs_are_named(config_only: Path, tmp_path: Path) -> None:
     file = tmp_path / "inputs.safetensors"
     save_file({"latents": torch.zeros(1)}, file)
