@@ -189,7 +189,7 @@ def explain_command(model: Path, ratio: float, options: DiffCRConfig, inputs: Pa
     "--batches",
     required=True,
     type=click.Path(exists=True, path_type=Path),
-    help="A safetensors file a batch, or a folder of them.",
+    help="A safetensors file a batch, or a folder of them, taken by name and counted from 0.",
 )
 @click.option(
     "--budget", required=True, type=click.FloatRange(0, 1, min_open=True), help="Share of the dense cost to keep."
