@@ -379,8 +379,8 @@ class BlockRouting(_Whole):
         state, current = self.model, self.model.current
         if current.inside or current.pinned or torch._C._current_graph_task_id() != -1:
             return
-        config, ratios = state.config, self.ratios
-        follows = config.skip == "reuse" or config.router == "timestep" or not _are_equal(ratios)
+        ratios, reuse = self.ratios, state.config.skip == "reuse" and state.rehearsal is None
+        follows = reuse or state.config.router == "timestep" or not _are_equal(ratios)
         if state.num_regions > 1 and (state.learning is not None or (follows and any(ratios))):
             raise UnsupportedError(
                 f"{self.fqn} runs in a forward whose timestep was not looked up: the model's forward was called instead of the "
