@@ -239,7 +239,7 @@ def test_calibrate_keeps_halves_together(tmp_path: Path) -> None:
     )
     report = diffcr_compile.calibrate(model, batches, budget=0.8, config=CalibrationConfig(steps=4))
     handle.remove()
-    calls = [call for call in calls if type(call["x"]) is Tensor]  # FLOPs are counted on fake ones
+    calls = [call for call in calls if type(call.get("x")) is Tensor]  # fake ones, of counting FLOPs, are taken out
     assert len(calls) > 10
     for call in calls:
         first, second = call["x"].chunk(2)
