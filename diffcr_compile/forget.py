@@ -35,7 +35,8 @@ def note_run(mode: FakeTensorMode) -> None:
 
 
 def forget_fakes() -> bool:
-    """Take what this thread's dry runs have left of fake tensors out of wherever it is; whether there was any.
+    """Take what this thread's dry runs have left of fake tensors out of dictionaries, attributes, variables of modules and
+    ``lru_cache``; whether there was any.
 
     Caches are emptied of it, or whole; a variable or an attribute that held it is None, as before the first call of code that makes
     its tables once. To be called when nothing of the runs themselves is left; it costs nothing where nothing else is.

@@ -7,6 +7,7 @@ when it ends the others are run and all are put together again.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from .unwrap import unwrap
 
 _SLACK = 1e-3
 """Share of the timestep range by which rounding may carry a value past its ends."""
+
+_SEARCHING = threading.RLock()
+"""Threads that call a deferred model for the first time at once have its blocks looked for one after the other, so once."""
 
 _SHARED = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """What an output may hold beside tensors that is of all samples."""
@@ -314,9 +318,9 @@ def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kw
             f"the blocks of {type(model).__name__} have not been looked for yet, and can't be while the model is compiled or "
             "exported. Pass example_inputs to transform, or run the model once before."
         )
-    assert state.deferred is not None
-    with _disable_current_modes():  # one that counts FLOPs counts those of the forward alone
-        state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
+    with _SEARCHING, _disable_current_modes():  # a mode that counts FLOPs counts those of the forward alone
+        if state.deferred is not None:  # else another thread has been quicker
+            state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
 
 
 def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Module) -> Tensor | float:
@@ -352,14 +356,15 @@ def pick_samples(
         )
 
     def pick(path: Any, leaf: Any) -> Any:
-        if (
-            path not in axes or not isinstance(leaf, Tensor) or leaf.shape[axes[path]] == 1
-        ):  # broadcast over the samples
+        if path not in axes or not isinstance(leaf, Tensor):
             return leaf
-        if leaf.shape[axes[path]] != batch:
+        size = leaf.shape[axes[path]]
+        if size == 1:  # broadcast over the samples
+            return leaf
+        if size != batch:
             raise UnsupportedError(
-                f"input {leaf_name(path)!r} of {type(model).__name__} has shape {tuple(leaf.shape)}, with {leaf.shape[axes[path]]} "
-                f"samples, but there are {batch} timesteps. Give one timestep, or one for each sample."
+                f"input {leaf_name(path)!r} of {type(model).__name__} has shape {tuple(leaf.shape)}, with {size} samples, but there "
+                f"are {batch} timesteps. Give one timestep, or one for each sample."
             )
         return leaf.index_select(axes[path], samples.to(leaf.device))
 

@@ -108,9 +108,8 @@ def attach(model: nn.Module, state: ModelRouting, plan: ModelPlan) -> None:
         route_blocks(model, plan, state)
         state.analyse = _plan_new_calls
         programs = {program for block in state.blocks for program in block.programs.values()}
-        state.unproved = {
-            program for program in programs if program.plan.context == "kept"
-        }  # others: when they are rewritten
+        # a block with another context is proved when its graph is rewritten
+        state.unproved = {program for program in programs if program.plan.context == "kept"}
     except BaseException:
         _take_off(model, state)
         raise
