@@ -363,8 +363,8 @@ def pick_samples(
             return leaf
         if size != batch:
             raise UnsupportedError(
-                f"input {leaf_name(path)!r} of {type(model).__name__} has shape {tuple(leaf.shape)}, with {size} samples, but there "
-                f"are {batch} timesteps. Give one timestep, or one for each sample."
+                f"input {leaf_name(path)!r} of {type(model).__name__} has shape {tuple(leaf.shape)}, with {size} samples, but "
+                f"there are {batch} timesteps. Give one timestep, or one for each sample."
             )
         return leaf.index_select(axes[path], samples.to(leaf.device))
 
