@@ -41,7 +41,7 @@ from .report import CalibrationReport, Histograms
 from .sampler import Sampler, recover_sampler
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
-from .trials import propose_tables, swap_steps, try_table, visited_regions
+from .trials import Visited, propose_tables, share_of_table, swap_steps, try_table, visited_regions
 from .warm_start import fit_routers
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -156,31 +156,44 @@ class Learner:
             errors = {
                 (name, degree): self._try(name, rows, degree) for name, rows in proposed.items() for degree in degrees
             }
-            name, degree = min(errors, key=lambda key: errors[key])
-            least = errors[name, degree]
-            self.tables[budget], found = self._swap_steps(proposed[name], degree, visited, least, budget)
+            ranked = sorted(errors, key=lambda key: errors[key])
+            tables, tries = {key: proposed[key[0]] for key in ranked}, dict(errors)
+            if self.sampler is not None:
+                self._swap_steps(ranked, tables, tries, visited, budget)
+            best = min(ranked, key=lambda key: tries[key])
+            self.tables[budget] = tables[best]
             if not self.trials:
-                self.trials = {tried + FOLLOWED[int(by)]: error for (tried, by), error in errors.items()}
-                if found < least:
-                    self.trials[name + FOLLOWED[int(degree)] + SWAPPED] = found
-                degrees = [degree]
+                self.trials = {name + FOLLOWED[int(by)]: error for (name, by), error in errors.items()}
+                if tries[best] < errors[best]:
+                    self.trials[best[0] + FOLLOWED[int(best[1])] + SWAPPED] = tries[best]
+                degrees = [best[1]]
         self.state.degree = degrees[0]
 
     def _swap_steps(
-        self, rows: Rows, degree: float, visited: list[int], least: float, budget: float
-    ) -> tuple[Rows, float]:
-        if self.sampler is None:
-            return rows, least
-        with tqdm(total=self.config.steps, desc="swapping steps", leave=False, disable=rank() > 0) as bar:
+        self,
+        ranked: list[tuple[str, float]],
+        tables: dict[tuple[str, float], Rows],
+        errors: dict[tuple[str, float], float],
+        visited: Visited,
+        budget: float,
+    ) -> None:
+        """Better the tables and their errors, the best first, as long as trials are left: of few steps there are few to swap."""
 
-            def error(rows: Rows) -> float:
-                bar.update()
-                return self._try("steps swapped", rows, degree)
+        def fits(rows: Rows) -> bool:
+            return share_of_table(rows, visited, self.task.costs) <= budget
 
-            def fits(rows: Rows) -> bool:
-                return self.task.costs.share(rows) <= budget
+        left = self.config.steps
+        with tqdm(total=left, desc="swapping steps", leave=False, disable=rank() > 0) as bar:
+            for name, degree in ranked:
 
-            return swap_steps(rows, visited, error, least, fits, self.config.steps, self.config.seed)
+                def error(rows: Rows, degree: float = degree) -> float:
+                    bar.update()
+                    return self._try("steps swapped", rows, degree)
+
+                key = name, degree
+                tables[key], errors[key], left = swap_steps(
+                    tables[key], visited, error, errors[key], fits, left, self.config.seed
+                )
 
     def _try(self, name: str, rows: Rows, degree: float) -> float:
         batches = self._all(f"trying: {name}")

@@ -45,7 +45,8 @@ def calibrate(
     batches: keyword dictionaries of ``model.forward``, read once and moved to the model's device when used; for instance
         noised training data, or what ``record`` saw.
     budget: share of the dense FLOPs (or of what ``config.budget_kind`` says) to keep, in (0, 1], mean over the timestep regions.
-        Met within ``config.tolerance`` and never exceeded. Several: one set of routers and weights serves them all, the report has
+        Met within ``config.tolerance`` and never exceeded; by training-free tables for reuse also as a mean over the steps of
+        the batches, of which the first is dense. Several: one set of routers and weights serves them all, the report has
         a table for each (``set_ratios`` puts one in force), and the first given is in force.
     loss: ``loss(model, batch) -> ()``; batches may then hold more than the forward takes (targets, say). None: the distance from
         the same model's outputs at ratio zero on the same batch. Where
@@ -60,8 +61,8 @@ def calibrate(
     have cost each block in each region is measured, and the table that costs least within the budget is taken. With reuse that
     table is tried on the same batches beside others (one ratio for all; whole steps dense or skipped), each with and without
     extrapolation, and the one whose outputs stay nearest to the dense ones is taken; its first step is dense, as it will be.
-    Where the sampler can be told from the batches, that table's steps are then swapped about, ``config.steps`` times, for nearer
-    samples.
+    Where the sampler can be told from the batches, steps are then swapped about, ``config.steps`` times, for nearer samples: of
+    the best table first, and where few swaps are possible of the others too.
 
     Any other preset learns on top of reuse too, from batches in that same order: before each is learned from, up to four before it
     in its trajectory are sampled again at the present table, the first of them densely, and a skipped token takes what they

@@ -11,14 +11,15 @@ nearer.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cost import CostModel
-from ..errors import CalibrationError
+from ..cost import UNITS, CostModel
+from ..errors import BudgetError, CalibrationError
 from ..ratios import SCALE
 from ..region import regions_of_call
 from ..routed import ModelRouting
@@ -43,12 +44,16 @@ MOST_GROUPS = 10
 """Rows that a table chosen block by block may have: each is a graph to compile."""
 
 
-def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> list[int]:
-    """Timestep regions in which the batches lie, in order of their first visit.
+Visited = Mapping[int, int]
+"""Timestep regions in which recorded steps lie, in order of their first visit, and how many lie in each."""
+
+
+def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> Visited:
+    """Where the batches lie.
 
     Raises CalibrationError where the samples of one batch lie in several: with reuse they take their steps together.
     """
-    found: dict[int, None] = {}
+    found: Counter[int] = Counter()
     for place, batch in enumerate(batches):
         regions = set(regions_of_call(model, state, batch))
         if len(regions) > 1:
@@ -56,52 +61,90 @@ def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dic
                 f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the "
                 "denoiser's inputs while it samples, all of a batch at one timestep, as diffcr_compile.record collects them."
             )
-        found.update(dict.fromkeys(regions))
-    return list(found)
+        found.update(regions)
+    return found
+
+
+def share_of_table(rows: Rows, visited: Visited, costs: CostModel) -> float:
+    """Of the dense cost, the mean over the timestep regions or over the steps that were recorded, whichever is more: steps stand
+    for more regions here and fewer there."""
+    return max(
+        costs.share(rows), costs.share([rows[region] for region, count in visited.items() for _ in range(count)])
+    )
 
 
 def propose_tables(
-    suffering: Tensor, visited: Sequence[int], costs: CostModel, budget: float, tolerance: float
+    suffering: Tensor, visited: Visited, costs: CostModel, budget: float, tolerance: float
 ) -> dict[str, Rows]:
     """Tables within the budget, by name. In all of them the first step visited is dense, as it is in any trajectory.
 
     suffering: (num_regions, num_blocks, bins). Regions that no step visited have the row of one beside them that one did. Tables
-    that can't reach the budget are left out. Raises BudgetError where none can.
+    that can't reach the budget are left out. Raises BudgetError, naming the minimum, where none can.
     """
     num_regions, num_blocks, _ = suffering.shape
-    nearest = _neighbours(visited, num_regions)
-    weights = torch.bincount(nearest, minlength=len(visited)).double() / num_regions
+    regions = list(visited)
+    nearest = _neighbours(regions, num_regions)
+    counts = torch.tensor(list(visited.values()), dtype=torch.float64, device="cpu")
+    weights = torch.bincount(nearest, minlength=len(regions)).double() / num_regions
+    weights = torch.minimum(weights, counts / counts.sum())
 
     def expand(rows: Rows) -> Rows:
         return [list(rows[int(place)]) for place in nearest]
 
     def share(rows: Rows) -> float:
-        return costs.share(expand(rows))
+        return share_of_table(expand(rows), visited, costs)
 
     dense, skipped = [0] * num_blocks, [SCALE] * num_blocks
-    worst = int(suffering[list(visited)].mean(dim=(0, 2)).argmax())
+    worst = int(suffering[regions].mean(dim=(0, 2)).argmax())
     spared = [0 if block == worst else SCALE for block in range(num_blocks)]
+    all_dense = [dense] * len(regions)
+    minimum = share(_raised(all_dense, skipped, SCALE))
+    if budget < minimum:
+        raise BudgetError(
+            f"budget {budget:g} can't be reached: the first step of a trajectory is dense, so that with every token skipped in the "
+            f"others of the {int(counts.sum())} recorded {minimum:.4f} of the dense {UNITS[costs.unit]} remain. Ask for at least "
+            f"{minimum:.4f}, or record a sampling of more steps."
+        )
     needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
-    evenly = torch.ones(len(visited), dtype=torch.float64, device="cpu")
-    late = 0.5 + torch.linspace(0, 1, len(visited), dtype=torch.float64, device="cpu")
+    evenly = torch.ones(len(regions), dtype=torch.float64, device="cpu")
+    late = 0.5 + torch.linspace(0, 1, len(regions), dtype=torch.float64, device="cpu")
+    whole, whole_late = (
+        [skipped if skips else dense for skips in _spread(weights, needed, density)] for density in (evenly, late)
+    )
     proposed = {
-        "block by block": _by_blocks(suffering, visited, weights, costs, budget, tolerance),
-        "uniform": _uniform(skipped, len(visited), share, budget),
-        "uniform, one block dense": _uniform(spared, len(visited), share, budget),
-        "whole steps": [skipped if skips else dense for skips in _spread(weights, needed, evenly)],
-        "whole steps, later ones": [skipped if skips else dense for skips in _spread(weights, needed, late)],
+        "block by block": (_by_blocks(suffering, regions, weights, costs, budget, tolerance), skipped),
+        "uniform": (all_dense, skipped),
+        "uniform, one block dense": (all_dense, spared),
+        "whole steps": (whole, skipped),
+        "whole steps, later ones": (whole_late, skipped),
     }
+    tables = {name: _within(rows, limit, share, budget) for name, (rows, limit) in proposed.items()}
     return {
-        name: expand(use_up([list(row) for row in rows], share, budget, tolerance))
-        for name, rows in proposed.items()
-        if share(rows) <= budget
+        name: expand(use_up(rows, share, budget, tolerance)) for name, rows in tables.items() if share(rows) <= budget
     }
 
 
-def _neighbours(visited: Sequence[int], num_regions: int) -> Tensor:
-    """For each region the place in ``visited`` of the nearest region there, above, below or either way: as gives the steps the most
+def _raised(rows: Rows, limit: list[int], ratio: int) -> Rows:
+    """After the first step, which is dense unless it is all there is, every ratio at least ``ratio`` thousandths of the limit."""
+    first = 1 if len(rows) > 1 else 0
+    return [list(row) for row in rows[:first]] + [
+        [max(given, most * ratio // SCALE) for given, most in zip(row, limit, strict=True)] for row in rows[first:]
+    ]
+
+
+def _within(rows: Rows, limit: list[int], share: Callable[[Rows], float], budget: float) -> Rows:
+    """``rows`` raised by as little as meets the budget, or by all of the limit."""
+    low, high = 0, SCALE
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(_raised(rows, limit, middle)) <= budget else (middle + 1, high)
+    return _raised(rows, limit, low)
+
+
+def _neighbours(regions: Sequence[int], num_regions: int) -> Tensor:
+    """For each region the place in ``regions`` of the nearest region there, above, below or either way: as gives the steps the most
     equal parts of the range, whatever end of its interval a sampler takes for a step."""
-    distance = torch.arange(num_regions, device="cpu").unsqueeze(1) - torch.tensor(list(visited), device="cpu")
+    distance = torch.arange(num_regions, device="cpu").unsqueeze(1) - torch.tensor(regions, device="cpu")
     far = num_regions * 2
     ways = (
         distance.abs(),
@@ -110,7 +153,7 @@ def _neighbours(visited: Sequence[int], num_regions: int) -> Tensor:
     )
     places = [way.argmin(dim=1) for way in ways]
     return min(
-        places, key=lambda place: float(torch.bincount(place, minlength=len(visited)).double().var(correction=0))
+        places, key=lambda place: float(torch.bincount(place, minlength=len(regions)).double().var(correction=0))
     )
 
 
@@ -133,31 +176,18 @@ def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
     return skipped
 
 
-def _uniform(row: list[int], num_rows: int, share: Callable[[Rows], float], budget: float) -> Rows:
-    """``row`` times the smallest ratio that costs at most the budget, after a dense first step."""
-
-    def at(ratio: int) -> Rows:
-        return [[0] * len(row), *([value * ratio // SCALE for value in row] for _ in range(num_rows - 1))]
-
-    low, high = 0, SCALE
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if share(at(middle)) <= budget else (middle + 1, high)
-    return at(low)
-
-
 def _by_blocks(
-    suffering: Tensor, visited: Sequence[int], weights: Tensor, costs: CostModel, budget: float, tolerance: float
+    suffering: Tensor, regions: Sequence[int], weights: Tensor, costs: CostModel, budget: float, tolerance: float
 ) -> Rows:
-    """The table of the visited regions, in a few groups of equal rows, that suffers least; the first step is dense."""
-    first, others = [0], list(range(1, len(visited)))
+    """The table of the regions, in a few groups of equal rows, that suffers least; the first step is dense."""
+    first, others = [0], list(range(1, len(regions)))
     groups = (
         [group.tolist() for group in torch.tensor(others, device="cpu").tensor_split(min(MOST_GROUPS, len(others)))]
         if others
         else []
     )
     groups = [first, *groups] if groups else [first]
-    means = torch.stack([suffering[[visited[place] for place in group]].mean(dim=0) for group in groups])
+    means = torch.stack([suffering[[regions[place] for place in group]].mean(dim=0) for group in groups])
     if len(groups) > 1:
         means[0, :, 1:] = float("inf")
     shares = torch.stack([weights[group].sum() for group in groups])
@@ -167,14 +197,15 @@ def _by_blocks(
 
 def swap_steps(
     rows: Rows,
-    visited: Sequence[int],
+    visited: Visited,
     error: Callable[[Rows], float],
     least: float,
     fits: Callable[[Rows], bool],
     trials: int,
     seed: int,
-) -> tuple[Rows, float]:
-    """A table of lower ``error``, and that, by swapping the rows of steps that lie near each other, in random order.
+) -> tuple[Rows, float, int]:
+    """A table of lower ``error``, that, and the trials left, by swapping the rows of steps that lie near each other, in random
+    order.
 
     least: the error of ``rows``. visited: the regions of the steps, of which the first keeps its row. fits: whether a table is
     within the budget (steps that stand for several regions weigh more). trials: how often ``error`` may be called; it ends before
@@ -182,16 +213,17 @@ def swap_steps(
     others is 0.00019 at half the FLOPs and 0.00003 at 0.65, where it was 0.0005 and 0.0002 without. Single blocks' ratios are left
     where they are: moving those too was better on the four pictures, and no better, or worse, on others.
     """
-    nearest = _neighbours(visited, len(rows)).tolist()
+    regions = list(visited)
+    nearest = _neighbours(regions, len(rows)).tolist()
     generator = random.Random(seed)
     seen = {_key(rows)}
 
     def swapped(first: int, second: int) -> Rows:
         moved = {first: second, second: first}
-        return [list(rows[visited[moved.get(place, place)]]) for place in nearest]
+        return [list(rows[regions[moved.get(place, place)]]) for place in nearest]
 
     def neighbours() -> list[Rows]:
-        steps = range(1, len(visited))
+        steps = range(1, len(regions))
         pairs = [(i, j) for i in steps for j in steps if 0 < j - i <= FARTHEST]
         generator.shuffle(pairs)
         return [swapped(*pair) for pair in pairs]
@@ -207,7 +239,7 @@ def swap_steps(
         if found < least:
             rows, least = candidate, found
             candidates = neighbours()
-    return rows, least
+    return rows, least, trials
 
 
 def _key(rows: Rows) -> tuple[tuple[int, ...], ...]:

@@ -1,15 +1,16 @@
 """Inside the block: what skipped tokens give and get, without any training, against the rivals, on the digits DiT.
 
-    python examples/benchmarks/inside.py          # about twenty minutes on two idle cores
+    python examples/benchmarks/inside.py          # about forty minutes on an idle core
     python examples/benchmarks/inside.py --quick  # to see that it runs
-    python examples/benchmarks/inside.py --model photos --steps 50 20 8 --samples 8   # another model; needs scikit-image
+    python examples/benchmarks/inside.py --model photos --steps 50 20 --samples 4   # another model; needs scikit-image
 
 Every row starts from the same noise and labels; *moved* is the mean squared distance of its samples from the dense model's own
 at the same number of steps, and share its FLOPs, first dense step included, as a share of the dense sampling's. Every combination
 of options has one ratio for all blocks and steps; ``ours`` is what ``calibrate`` (training-free) makes of the default options from
-one dense sampling of other pictures, and bypass has such a table too. Times are eager seconds over the dense ones, taken right
-after. Writes `inside.md` and `inside.json` beside it, or with another model `inside_NAME.md` and `inside_NAME.json`;
-whole-block caches run on the digits DiT alone.
+one dense sampling of other pictures, and bypass has such a table too; at few steps its weights are trained as well. Times are
+eager seconds over the dense ones, taken right after. Writes `inside.md` and `inside.json` beside it, or with another model
+`inside_NAME.md` and `inside_NAME.json`; what is there of other numbers of steps, of as many samples, is kept. diffusers' caches run
+where they can be put on a model: FirstBlockCache on the digits DiT, TaylorSeer on the photographs' too.
 """
 
 from __future__ import annotations
@@ -65,6 +66,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 DEFAULT = "reuse, all context, turn, order 1"
 OURS = "ours: calibrated without training"
 BYPASS = "bypass, kept context, score"
+TRAINED = "ours: bypass, calibrated with training"
+FEW = 4
+"""Steps up to which bypass is trained too: there reuse has little to go on."""
+
+TRAINING = diffcr_compile.CalibrationConfig(steps=400, settle=1.0, learning_rate=5e-4)
+"""Of the weights, at the table that was found without, against the dense outputs of ``SAMPLINGS`` samplings of eight pictures."""
+
+SAMPLINGS = 12
+FREE = diffcr_compile.CalibrationConfig(preset="training-free")
 SHARES = (0.8, 0.65, 0.5)
 STEPS = (50, 20, 8, 4)
 
@@ -89,13 +99,13 @@ class BlockCache:
     def __init__(self, model: nn.Module, interval: int, order: int) -> None:
         self.interval, self.order, self.step = interval, order, -1
         self.last_time, self.full_steps = float("inf"), 0
-        self.memory: dict[int, list[tuple[float, Tensor]]] = {}
+        self.memory: dict[tuple[int, int], list[tuple[float, Tensor]]] = {}
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for index, block in enumerate(model.transformer_blocks):  # type: ignore[arg-type]
+        for index, block in enumerate(blocks_of(model)):
             block.forward = types.MethodType(self._forward(index, type(block).forward), block)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        now = float(kwargs["timestep"].flatten()[0])
+        now = float(kwargs["timestep" if "timestep" in kwargs else "t"].flatten()[0])
         self.step = 0 if now > self.last_time or self.step < 0 else self.step + 1
         self.last_time = now
         if self.step == 0:
@@ -103,21 +113,33 @@ class BlockCache:
         self.full = self.step < 2 or self.step % self.interval == 0
         self.full_steps += self.full
 
-    def _forward(self, index: int, base: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            past = self.memory.setdefault(index, [])
+    def _forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            """The streams come first, and go out in that order."""
             if self.full:
-                output = base(block, x, *args, **kwargs)
-                past.insert(0, (self.last_time, output - x))
-                del past[2:]
+                output = base(block, *args, **kwargs)
+                streams = output if isinstance(output, tuple) else (output,)
+                self.streams = len(streams)
+                for place, stream in enumerate(streams):
+                    past = self.memory.setdefault((index, place), [])
+                    past.insert(0, (self.last_time, stream - args[place]))
+                    del past[2:]
                 return output
-            (time0, latest), *others = past
-            if not self.order or not others:
-                return x + latest
-            time1, before = others[0]
-            return x + latest + (self.last_time - time0) / (time0 - time1) * (latest - before)
+            foretold = [args[place] + self._update(self.memory[index, place]) for place in range(self.streams)]
+            return tuple(foretold) if self.streams > 1 else foretold[0]
 
         return forward
+
+    def _update(self, past: list[tuple[float, Tensor]]) -> Tensor:
+        (time0, latest), *others = past
+        if not self.order or not others:
+            return latest
+        time1, before = others[0]
+        return latest + (self.last_time - time0) / (time0 - time1) * (latest - before)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return list(getattr(model, "transformer_blocks", None) or model.blocks)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -167,22 +189,38 @@ class Bench:
         for steps in self.settings.steps:
             if method in (DEFAULT, BYPASS):
                 self._calibrated(OURS if method == DEFAULT else f"{BYPASS}, calibrated", model, steps)
+            if method == BYPASS and steps <= FEW:
+                self._trained(steps)
             for budget in self.settings.shares if method != BYPASS else ():
                 self._uniform(model, budget, steps)
                 self.note(method, model, steps, budget, self._share(model, steps))
 
     def _calibrated(self, method: str, model: nn.Module, steps: int) -> None:
-        generator = torch.Generator().manual_seed(self.settings.seed + 1)
-        with diffcr_compile.record(model) as batches:
-            diffcr_compile.set_ratios(model, 0)
-            self.example.sample(model, self._subjects(4), steps=steps, generator=generator)
-        free = diffcr_compile.CalibrationConfig(preset="training-free")
+        batches = self._recorded(model, steps, 4)
         for budget in self.settings.shares:
             try:
-                diffcr_compile.calibrate(model, batches, budget=budget, config=free)
+                diffcr_compile.calibrate(model, batches, budget=budget, config=FREE)
             except diffcr_compile.BudgetError:
                 continue
             self.note(method, model, steps, budget, self._share(model, steps))
+
+    def _trained(self, steps: int) -> None:
+        config = DiffCRConfig(num_regions=50)
+        for budget in self.settings.shares:
+            model = diffcr_compile.transform(self.example.load_model(), config, example_inputs=self.inputs)
+            batches = self._recorded(model, steps, 8, SAMPLINGS)
+            diffcr_compile.calibrate(model, batches, budget=budget, config=FREE)
+            diffcr_compile.calibrate(model, batches, budget=budget, config=TRAINING)
+            self.note(TRAINED, model, steps, budget, self._share(model, steps))
+
+    def _recorded(self, model: nn.Module, steps: int, number: int, times: int = 1) -> list[dict[str, Any]]:
+        """What the dense model is fed in some samplings of so many pictures, others than those that are measured."""
+        with diffcr_compile.record(model) as batches:
+            diffcr_compile.set_ratios(model, 0)
+            for place in range(times):
+                generator = torch.Generator().manual_seed(self.settings.seed + 1 + 1000 * place)
+                self.example.sample(model, self._subjects(number), steps=steps, generator=generator)
+        return list(batches)
 
     def _uniform(self, model: nn.Module, budget: float, steps: int) -> None:
         """The smallest ratio that costs at most the budget in all blocks and regions, or else the largest there is."""
@@ -205,16 +243,14 @@ class Bench:
             for budget in self.settings.shares:
                 fewer = max(round(budget * steps), 1)
                 self.note("fewer dense steps", self.plain, steps, budget, fewer / steps, own_steps=fewer)
-            if self.settings.model != "digits":
-                continue
             for interval in (2, 3):
                 for order in (0, 1):
-                    cached = digits.load_model()
+                    cached = self.example.load_model()
                     rival = BlockCache(cached, interval, order)
                     self.note(f"whole blocks, one step in {interval}, order {order}", cached, steps, 0, 0)
                     self._count_last(rival.full_steps / steps)
-            for name, apply in _diffusers_caches():
-                cached = digits.load_model()
+            for name, apply in _diffusers_caches(self.settings.model):
+                cached = self.example.load_model()
                 try:
                     full = apply(cached)
                     self.note(name, cached, steps, 0, 0)
@@ -234,8 +270,22 @@ def _regions(steps: int, num_regions: int) -> list[int]:
     return [int(step) * num_regions // scheduler.config.num_train_timesteps for step in scheduler.timesteps]
 
 
-def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], float]]]]:
-    """diffusers' own caches: (name, how to put it on a model; that returns a count of the forwards that its blocks made)."""
+CACHED = {
+    "digits": (r"transformer_blocks\.\d+\.(attn1|ff)", "ff.net.0"),
+    "photos": (r"blocks\.\d+\.(attention|mlp)", "mlp.0"),
+}
+"""What TaylorSeer caches, whose own patterns know the attention of diffusers' classes alone, and a module within it. The blocks of
+the captions compute their attention in no module of its own."""
+
+
+def _diffusers_caches(name: str) -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], float]]]]:
+    """diffusers' own caches: (name, how to put it on a model; that returns a count of the forwards that its blocks made).
+
+    FirstBlockCache goes by the names of diffusers' classes and arguments, which the models in plain torch do not have.
+    """
+    if name not in CACHED:
+        return
+    pattern, inside = CACHED[name]
     from diffusers.hooks import (
         FirstBlockCacheConfig,
         TaylorSeerCacheConfig,
@@ -245,14 +295,14 @@ def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[]
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
     def counted(model: nn.Module, put: Callable[[], None]) -> Callable[[], float]:
-        calls = [0]
-        for block in model.transformer_blocks:  # type: ignore[union-attr]
-            block.ff.net[0].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        calls, blocks = [0], blocks_of(model)
+        for block in blocks:
+            block.get_submodule(inside).register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         put()
         _set_cache_context(model, CacheContext("all"))
-        return lambda: calls[0] / len(model.transformer_blocks)  # type: ignore[arg-type]
+        return lambda: calls[0] / len(blocks)
 
-    for threshold in (0.05, 0.1, 0.2):
+    for threshold in (0.05, 0.1, 0.2) if name == "digits" else ():
         yield (
             f"FirstBlockCache, threshold {threshold}",
             lambda model, threshold=threshold: counted(  # type: ignore[misc]
@@ -265,7 +315,7 @@ def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[]
                 cache_interval=interval,
                 max_order=order,
                 taylor_factors_dtype=torch.float32,
-                cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"],  # its own patterns know attention alone
+                cache_identifiers=[pattern],
             )
             yield (
                 f"TaylorSeer, one step in {interval}, order {order}",
@@ -275,18 +325,18 @@ def _diffusers_caches() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[]
             )
 
 
-def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
+def as_markdown(rows: list[Row], settings: Settings, commands: list[str]) -> str:
     """One table for each number of steps."""
     lines = [
         "# Inside the block: quality without training",
         "",
-        f"`python {shlex.join(sys.argv)}`, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
-        f"{settings.model} DiT, {settings.samples} samples, DDIM, seed {settings.seed}, {seconds:.0f} s. "
+        f"{', '.join(f'`{command}`' for command in commands)}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"float32, {settings.model} DiT, {settings.samples} samples, DDIM, seed {settings.seed}. "
         "Moved: mean squared distance from the dense samples of as many steps, from equal noise; median: of the pictures, since "
         "one that changes its mind outweighs all others in the mean. Share: FLOPs over the dense "
         "sampling's, first dense step included. Time: eager, over a dense sampling taken right after it.",
     ]
-    for steps in settings.steps:
+    for steps in sorted({row.steps for row in rows}, reverse=True):
         lines += [
             "",
             f"## {steps} steps",
@@ -295,7 +345,7 @@ def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
             "|---|---|---|---|---|---|",
         ]
         for row in sorted((row for row in rows if row.steps == steps), key=lambda row: (-row.budget, row.moved)):
-            bold = "**" if row.method == OURS else ""
+            bold = "**" if row.method in (OURS, TRAINED) else ""
             lines.append(
                 f"| {bold}{row.method}{bold} | {row.budget:.2f} | {row.share:.2f} | {row.seconds:.2f} | {row.moved:.2g} | "
                 f"{row.median:.2g} |"
@@ -305,31 +355,37 @@ def as_markdown(rows: list[Row], settings: Settings, seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one budget, few steps and samples; nothing is written")
     parser.add_argument(
         "--model", choices=["digits", "photos", "captions"], default="digits", help="module of examples/"
     )
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the table and the record")
     options = parser.parse_args()
     settings = Settings(SHARES, tuple(options.steps), options.samples, options.seed, options.model)
     if options.quick:
         settings = Settings((0.65,), (8,), 2, options.seed, options.model)
     warnings.filterwarnings("ignore", message="the routers are untrained")
-    start = time.perf_counter()
     bench = Bench(settings)
     for method, choice in tqdm(OPTIONS.items(), desc="combinations"):
         bench.run_ours(method, choice)
     bench.run_rivals()
-    text = as_markdown(bench.rows, settings, time.perf_counter() - start)
+    name = "inside" if settings.model == "digits" else f"inside_{settings.model}"
+    rows, commands = bench.rows, [f"python {shlex.join(sys.argv)}"]
+    file = options.out / f"{name}.json"
+    if file.exists() and not options.quick:
+        known = json.loads(file.read_text())
+        if (known["samples"], known["seed"]) == (settings.samples, settings.seed):
+            rows = [Row(**row) for row in known["rows"] if row["steps"] not in settings.steps] + rows
+            commands = [*known["commands"], *commands]
+    text = as_markdown(rows, settings, commands)
     print(text)
     if not options.quick:
-        here = Path(__file__).parent
-        name = "inside" if settings.model == "digits" else f"inside_{settings.model}"
-        (here / f"{name}.md").write_text(text)
-        record = {"settings": asdict(settings), "torch": torch.__version__, "rows": [asdict(row) for row in bench.rows]}
-        (here / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / f"{name}.md").write_text(text)
+        record = {"commands": commands, "torch": torch.__version__, "samples": settings.samples, "seed": settings.seed}
+        file.write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from diffcr_compile.calibration import learner
 from diffcr_compile.calibration.objective import dense_outputs
 from diffcr_compile.calibration.sampler import recover_sampler
+from diffcr_compile.calibration.trials import swap_steps
 from models import CHANNELS, Shape, TinyDiT, original, tiny_inputs
 from torch import Tensor
 
@@ -215,6 +218,28 @@ def test_swapping_steps_brings_samples_nearer_within_the_budget() -> None:
         errors[steps] = min(report.trials.values())
         assert any("swapped" in name for name in report.trials) == (errors[steps] < errors[0])
     assert errors[30] < 0.9 * errors[0]
+
+
+def test_what_is_left_of_the_trials_goes_to_the_next_best_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few steps there are few to swap, and which table is the best afterwards is not known before."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", STEPS[::3])
+    handed: list[tuple[float, int, float, int]] = []
+
+    def watched(rows: Any, visited: Any, error: Any, least: float, fits: Any, trials: int, seed: int) -> Any:
+        found = swap_steps(rows, visited, error, least, fits, trials, seed)
+        handed.append((least, trials, *found[1:]))
+        return found
+
+    monkeypatch.setattr(learner, "swap_steps", watched)
+    model, batches, _, _ = recorded(linear)
+    config = diffcr_compile.CalibrationConfig(preset="training-free", steps=40)
+    report = diffcr_compile.calibrate(model, batches, budget=0.6, config=config)
+    before, given, after, left = map(list, zip(*handed, strict=True))
+    assert before == sorted(before)
+    assert len(before) == len(report.trials) - any("swapped" in name for name in report.trials)
+    assert given == [40, *left[:-1]]
+    assert left[0] > 0
+    assert min(report.trials.values()) == min(after)
 
 
 def test_without_a_sampler_no_step_is_swapped() -> None:

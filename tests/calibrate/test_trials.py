@@ -6,7 +6,13 @@ import pytest
 import torch
 from diffcr_compile.calibration.objective import dense_outputs
 from diffcr_compile.calibration.snap import Rows
-from diffcr_compile.calibration.trials import propose_tables, swap_steps, try_table, visited_regions
+from diffcr_compile.calibration.trials import (
+    propose_tables,
+    share_of_table,
+    swap_steps,
+    try_table,
+    visited_regions,
+)
 from hand import hand_costs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +20,7 @@ from models import Shape, TinyDiT, original, tiny_inputs
 from torch import Tensor
 
 import diffcr_compile
+from diffcr_compile.cost import measure_costs
 from diffcr_compile.routed import STATE, ModelRouting
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
@@ -28,6 +35,11 @@ def suffering(num_regions: int, num_blocks: int = 3) -> Tensor:
     """Rising with the ratio; block 1 suffers most."""
     by_block = torch.tensor([1.0, 5.0, 2.0])[:num_blocks]
     return (torch.linspace(0, 1, 11).square() * by_block.unsqueeze(-1)).double().expand(num_regions, num_blocks, 11)
+
+
+def once(regions: list[int]) -> dict[int, int]:
+    """Regions in which one step each lies."""
+    return dict.fromkeys(regions, 1)
 
 
 def trajectory(steps: tuple[float, ...] = STEPS, change: float = 1.0) -> list[dict[str, Tensor]]:
@@ -58,11 +70,12 @@ def test_every_table_meets_the_budget(budget: float, num_steps: int, offset: int
     visited = list(dict.fromkeys((num_steps - 1 - i) * num_regions // num_steps + offset for i in range(num_steps)))
     visited = [min(region, num_regions - 1) for region in visited]
     visited = list(dict.fromkeys(visited))
-    tables = propose_tables(suffering(num_regions), visited, costs, budget, TOLERANCE)
+    tables = propose_tables(suffering(num_regions), once(visited), costs, budget, TOLERANCE)
     assert "block by block" in tables
     assert set(tables) <= NAMES
     for rows in tables.values():
         assert costs.share(rows) <= budget + 1e-12
+        assert costs.share([rows[region] for region in visited]) <= budget + 1e-12
         assert len(rows) == num_regions
         assert all(type(ratio) is int and 0 <= ratio <= 1000 for row in rows for ratio in row)
         assert rows[visited[0]] == [0, 0, 0]
@@ -74,14 +87,15 @@ def test_every_table_meets_the_budget(budget: float, num_steps: int, offset: int
 
 def test_most_of_the_budget_is_used() -> None:
     costs = hand_costs(3, fixed=1_000_000)
-    for rows in propose_tables(suffering(50), list(range(48, -1, -2)), costs, 0.6, TOLERANCE).values():
-        assert costs.share(rows) >= 0.6 * (1 - TOLERANCE)
+    visited = once(list(range(48, -1, -2)))
+    for rows in propose_tables(suffering(50), visited, costs, 0.6, TOLERANCE).values():
+        assert share_of_table(rows, visited, costs) >= 0.6 * (1 - TOLERANCE)
 
 
 def test_whole_steps_are_dense_or_skipped_and_the_first_two_are_dense() -> None:
     costs = hand_costs(3, fixed=1_000_000)
     visited = list(range(48, -1, -2))
-    rows = propose_tables(suffering(50), visited, costs, 0.6, TOLERANCE)["whole steps"]
+    rows = propose_tables(suffering(50), once(visited), costs, 0.6, TOLERANCE)["whole steps"]
     kinds = [set(rows[region]) for region in visited]
     assert kinds[:2] == [{0}, {0}]
     assert sum(kind == {1000} for kind in kinds) >= 8
@@ -90,14 +104,14 @@ def test_whole_steps_are_dense_or_skipped_and_the_first_two_are_dense() -> None:
 
 
 def test_one_block_that_suffers_most_is_spared() -> None:
-    rows = propose_tables(suffering(10), [9, 6, 3, 0], hand_costs(3), 0.7, TOLERANCE)["uniform, one block dense"]
+    rows = propose_tables(suffering(10), once([9, 6, 3, 0]), hand_costs(3), 0.7, TOLERANCE)["uniform, one block dense"]
     assert all(row[1] == 0 for row in rows)
     assert any(row[0] > 0 for row in rows)
 
 
 def test_regions_are_listed_as_they_are_visited() -> None:
     model, state = reusing(num_regions=10)
-    assert visited_regions(model, state, trajectory((950.0, 910.0, 450.0, 50.0))) == [9, 4, 0]
+    assert visited_regions(model, state, trajectory((950.0, 910.0, 450.0, 50.0))) == {9: 2, 4: 1, 0: 1}
 
 
 def test_samples_at_different_timesteps_are_refused() -> None:
@@ -136,6 +150,8 @@ def test_the_best_of_what_was_tried_is_taken() -> None:
     rows = [[round(float(ratio) * 1000) for ratio in row] for row in report.table]
     targets = [dense_outputs(model, batch) for batch in batches]
     assert try_table(model, state, rows, state.degree, batches, targets) == pytest.approx(report.trials[best], rel=1e-5)
+    share = share_of_table(rows, visited_regions(model, state, batches), measure_costs(model, batches[0]))
+    assert 0.6 * (1 - TOLERANCE) <= share <= 0.6
     assert report.share <= 0.6
     assert f"tried: {best}: error" in str(report)
     assert type(report).from_dict(report.to_dict()).trials == report.trials
@@ -164,7 +180,8 @@ def swapped_steps(trials: int, **options: object) -> tuple[Rows, float, list[Row
 
     start = stepwise(".xx..")
     given = {"fits": lambda rows: True, "seed": 0, **options}
-    rows, least = swap_steps(start, VISITED, error, misplaced(start), trials=trials, **given)  # type: ignore[arg-type]
+    rows, least, left = swap_steps(start, once(VISITED), error, misplaced(start), trials=trials, **given)  # type: ignore[arg-type]
+    assert left == trials - len(seen)
     return rows, least, seen
 
 
@@ -213,7 +230,28 @@ def test_the_extrapolation_is_saved(tmp_path: object) -> None:
             assert torch.equal(model(**batch), other(**batch))
 
 
-def test_whole_steps_that_would_need_one_of_the_first_two_are_left_out() -> None:
-    visited = [9, 6, 3, 0]
-    assert "whole steps" in propose_tables(suffering(10), visited, hand_costs(3), 0.55, TOLERANCE)
-    assert "whole steps" not in propose_tables(suffering(10), visited, hand_costs(3), 0.4, TOLERANCE)
+def test_whole_steps_that_would_need_one_of_the_first_two_take_part_of_it() -> None:
+    visited, costs = [9, 6, 3, 0], hand_costs(3)
+    rows = propose_tables(suffering(10), once(visited), costs, 0.4, TOLERANCE)["whole steps"]
+    assert [rows[region] for region in (9, 3, 0)] == [[0] * 3, [1000] * 3, [1000] * 3]
+    assert all(0 < ratio < 1000 for ratio in rows[6])
+    assert share_of_table(rows, once(visited), costs) <= 0.4
+
+
+def test_a_budget_below_the_first_step_is_refused_by_name() -> None:
+    visited, costs = once([9, 6, 3, 0]), hand_costs(3)
+    least = share_of_table([[1000] * 3] * 8 + [[0] * 3] * 2, visited, costs)
+    with pytest.raises(
+        diffcr_compile.BudgetError, match=rf"first step .* others of the 4 recorded {least:.4f} .*more steps"
+    ):
+        propose_tables(suffering(10), visited, costs, least - 0.01, TOLERANCE)
+    assert propose_tables(suffering(10), visited, costs, least + 1e-9, TOLERANCE)
+
+
+def test_the_budget_holds_by_the_recorded_steps_where_they_are_spread_unevenly() -> None:
+    """Eight steps in the noisier half of the range: by regions they are few."""
+    visited, costs = {9: 4, 7: 4, 2: 1}, hand_costs(3)
+    for rows in propose_tables(suffering(10), visited, costs, 0.7, TOLERANCE).values():
+        steps = [rows[region] for region, count in visited.items() for _ in range(count)]
+        assert costs.share(steps) <= 0.7
+        assert costs.share(rows) <= 0.7
