@@ -41,18 +41,13 @@ from .report import CalibrationReport, Histograms
 from .sampler import Sampler, recover_sampler
 from .sensitivity import measure_suffering
 from .snap import Rows, choose_table, snap_table
-from .trials import Visited, propose_tables, share_of_table, swap_steps, try_table, visited_regions
+from .trials import Trial, Visited, propose_tables, share_of_table, swap_steps, try_table, visited_regions
 from .warm_start import fit_routers
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 EXAMINED_BATCHES = 4
 """Batches on which the routers are looked at for the report."""
-
-FOLLOWED = ("", ", extrapolated", ", extrapolated by parabolas")
-"""How a table that is tried is named by the degree of the polynomial followed."""
-
-SWAPPED = ", steps swapped"
 
 DIVERGED = 10.0
 """Squared distance from the dense outputs, as a share of their square, that learning can't come back from."""
@@ -153,47 +148,36 @@ class Learner:
         degrees = [float(degree) for degree in range(self.state.config.extrapolation + 1)]
         for budget in self.task.budgets:
             proposed = propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
-            errors = {
-                (name, degree): self._try(name, rows, degree) for name, rows in proposed.items() for degree in degrees
-            }
-            ranked = sorted(errors, key=lambda key: errors[key])
-            tables, tries = {key: proposed[key[0]] for key in ranked}, dict(errors)
-            if self.sampler is not None:
-                self._swap_steps(ranked, tables, tries, visited, budget)
-            best = min(ranked, key=lambda key: tries[key])
-            self.tables[budget] = tables[best]
+            trials = [
+                Trial(name, degree, rows, self._try(name, rows, degree))
+                for name, rows in proposed.items()
+                for degree in degrees
+            ]
+            trials.sort(key=lambda trial: trial.error)
+            best = min([trials[0], *self._swap_steps(trials, visited, budget)], key=lambda trial: trial.error)
+            self.tables[budget] = best.rows
             if not self.trials:
-                self.trials = {name + FOLLOWED[int(by)]: error for (name, by), error in errors.items()}
-                if tries[best] < errors[best]:
-                    self.trials[best[0] + FOLLOWED[int(best[1])] + SWAPPED] = tries[best]
-                degrees = [best[1]]
+                self.trials = {str(trial): trial.error for trial in (*trials, best)}
+                degrees = [best.degree]
         self.state.degree = degrees[0]
 
-    def _swap_steps(
-        self,
-        ranked: list[tuple[str, float]],
-        tables: dict[tuple[str, float], Rows],
-        errors: dict[tuple[str, float], float],
-        visited: Visited,
-        budget: float,
-    ) -> None:
-        """Better the tables and their errors, the best first, as long as trials are left: of few steps there are few to swap."""
-
-        def fits(rows: Rows) -> bool:
-            return share_of_table(rows, visited, self.task.costs) <= budget
-
+    def _swap_steps(self, trials: list[Trial], visited: Visited, budget: float) -> Iterator[Trial]:
+        """The tables with their steps swapped, the best first, as long as calls are left: of few steps there are few to swap."""
+        if self.sampler is None:
+            return
         left = self.config.steps
         with tqdm(total=left, desc="swapping steps", leave=False, disable=rank() > 0) as bar:
-            for name, degree in ranked:
 
-                def error(rows: Rows, degree: float = degree) -> float:
-                    bar.update()
-                    return self._try("steps swapped", rows, degree)
+            def error(rows: Rows, degree: float) -> float:
+                bar.update()
+                return self._try("steps swapped", rows, degree)
 
-                key = name, degree
-                tables[key], errors[key], left = swap_steps(
-                    tables[key], visited, error, errors[key], fits, left, self.config.seed
-                )
+            def fits(rows: Rows) -> bool:
+                return share_of_table(rows, visited, self.task.costs) <= budget
+
+            for trial in trials:
+                swapped, left = swap_steps(trial, visited, error, fits, left, self.config.seed)
+                yield swapped
 
     def _try(self, name: str, rows: Rows, degree: float) -> float:
         batches = self._all(f"trying: {name}")

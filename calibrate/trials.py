@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ FARTHEST = 2
 
 MOST_GROUPS = 10
 """Rows that a table chosen block by block may have: each is a graph to compile."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A table that was tried, by a polynomial of a degree through updates; swapped: after its steps were."""
+
+    name: str
+    degree: float
+    rows: Rows
+    error: float
+    swapped: bool = False
+
+    def __str__(self) -> str:
+        followed = ("", ", extrapolated", ", extrapolated by parabolas")[int(self.degree)]
+        return self.name + followed + (", steps swapped" if self.swapped else "")
 
 
 Visited = Mapping[int, int]
@@ -196,23 +212,22 @@ def _by_blocks(
 
 
 def swap_steps(
-    rows: Rows,
+    trial: Trial,
     visited: Visited,
-    error: Callable[[Rows], float],
-    least: float,
+    error: Callable[[Rows, float], float],
     fits: Callable[[Rows], bool],
-    trials: int,
+    calls: int,
     seed: int,
-) -> tuple[Rows, float, int]:
-    """A table of lower ``error``, that, and the trials left, by swapping the rows of steps that lie near each other, in random
-    order.
+) -> tuple[Trial, int]:
+    """A trial of lower error, by swapping the rows of steps that lie near each other, in random order; and the calls left.
 
-    least: the error of ``rows``. visited: the regions of the steps, of which the first keeps its row. fits: whether a table is
-    within the budget (steps that stand for several regions weigh more). trials: how often ``error`` may be called; it ends before
-    where no swap helps. Digits DiT, 20 steps, 60 trials on four pictures (examples/benchmarks/inside.md): the distance of eight
+    visited: of which the first keeps its row. error: of a table and a degree. fits: whether a table is
+    within the budget (steps that stand for several regions weigh more). calls: how often ``error`` may be called; it ends before
+    where no swap helps. Digits DiT, 20 steps, 60 calls on four pictures (examples/benchmarks/inside.md): the distance of eight
     others is 0.00019 at half the FLOPs and 0.00003 at 0.65, where it was 0.0005 and 0.0002 without. Single blocks' ratios are left
     where they are: moving those too was better on the four pictures, and no better, or worse, on others.
     """
+    rows, least = trial.rows, trial.error
     regions = list(visited)
     nearest = _neighbours(regions, len(rows)).tolist()
     generator = random.Random(seed)
@@ -229,17 +244,17 @@ def swap_steps(
         return [swapped(*pair) for pair in pairs]
 
     candidates = neighbours()
-    while candidates and trials:
+    while candidates and calls:
         candidate = candidates.pop()
         if _key(candidate) in seen or not fits(candidate):
             continue
         seen.add(_key(candidate))
-        trials -= 1
-        found = error(candidate)
+        calls -= 1
+        found = error(candidate, trial.degree)
         if found < least:
             rows, least = candidate, found
             candidates = neighbours()
-    return rows, least, trials
+    return replace(trial, rows=rows, error=least, swapped=True), calls
 
 
 def _key(rows: Rows) -> tuple[tuple[int, ...], ...]:

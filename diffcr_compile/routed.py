@@ -374,6 +374,14 @@ class BlockRouting(_Whole):
         ratios = self.ratios
         return ratios[0] if _are_equal(ratios) else ratios[self.model.region()]
 
+    @property
+    def rests(self) -> bool:
+        """Whether the block's own forward is all that its calls ask for, whatever their timestep: it skips nothing, and nobody
+        learns from it, looks on, pins another row or wants its updates remembered."""
+        state, current = self.model, self.model.current
+        asked = state.learning is not None or state.observers or state.rehearsal is not None or current.row is not None
+        return not (asked or any(self.ratios) or (current.trajectory is not None and current.trajectory.fills))
+
     def check_entered(self) -> None:
         """Raises UnsupportedError in a forward of the model that did not begin by calling it, where the timestep must be known."""
         state, current = self.model, self.model.current
@@ -482,6 +490,9 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
         routing = self.__dict__.get(STATE)
         if routing is None or routing.model.dense:
             return base(self, *args, **kwargs)
+        if routing.rests:
+            compiled = None if torch.compiler.is_compiling() else routing.compiled
+            return base(self, *args, **kwargs) if compiled is None else compiled(self, 0, args, kwargs, None, None)
         if not torch.compiler.is_compiling():
             routing.model.find_recomputed(routing.fqn)
             routing.check_entered()

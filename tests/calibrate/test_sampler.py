@@ -11,7 +11,7 @@ import torch
 from diffcr_compile.calibration import learner
 from diffcr_compile.calibration.objective import dense_outputs
 from diffcr_compile.calibration.sampler import recover_sampler
-from diffcr_compile.calibration.trials import swap_steps
+from diffcr_compile.calibration.trials import Trial, swap_steps
 from models import CHANNELS, Shape, TinyDiT, original, tiny_inputs
 from torch import Tensor
 
@@ -225,10 +225,10 @@ def test_what_is_left_of_the_trials_goes_to_the_next_best_tables(monkeypatch: py
     monkeypatch.setattr(sys.modules[__name__], "STEPS", STEPS[::3])
     handed: list[tuple[float, int, float, int]] = []
 
-    def watched(rows: Any, visited: Any, error: Any, least: float, fits: Any, trials: int, seed: int) -> Any:
-        found = swap_steps(rows, visited, error, least, fits, trials, seed)
-        handed.append((least, trials, *found[1:]))
-        return found
+    def watched(trial: Trial, visited: Any, error: Any, fits: Any, calls: int, seed: int) -> tuple[Trial, int]:
+        found, left = swap_steps(trial, visited, error, fits, calls, seed)
+        handed.append((trial.error, calls, found.error, left))
+        return found, left
 
     monkeypatch.setattr(learner, "swap_steps", watched)
     model, batches, _, _ = recorded(linear)

@@ -7,6 +7,7 @@ import torch
 from diffcr_compile.calibration.objective import dense_outputs
 from diffcr_compile.calibration.snap import Rows
 from diffcr_compile.calibration.trials import (
+    Trial,
     propose_tables,
     share_of_table,
     swap_steps,
@@ -171,18 +172,21 @@ def misplaced(rows: Rows) -> float:
     return float(sum((4 - place) ** 2 for place, region in enumerate(VISITED) if rows[region] == [1000, 1000]))
 
 
-def swapped_steps(trials: int, **options: object) -> tuple[Rows, float, list[Rows]]:
+def swapped_steps(calls: int, **options: object) -> tuple[Rows, float, list[Rows]]:
     seen: list[Rows] = []
 
-    def error(rows: Rows) -> float:
+    def error(rows: Rows, degree: float) -> float:
+        assert degree == 1
         seen.append(rows)
         return misplaced(rows)
 
     start = stepwise(".xx..")
     given = {"fits": lambda rows: True, "seed": 0, **options}
-    rows, least, left = swap_steps(start, once(VISITED), error, misplaced(start), trials=trials, **given)  # type: ignore[arg-type]
-    assert left == trials - len(seen)
-    return rows, least, seen
+    trial = Trial("whole steps", 1.0, start, misplaced(start))
+    found, left = swap_steps(trial, once(VISITED), error, calls=calls, **given)  # type: ignore[arg-type]
+    assert left == calls - len(seen)
+    assert str(found) == "whole steps, extrapolated, steps swapped"
+    return found.rows, found.error, seen
 
 
 def test_rows_are_swapped_for_the_better_until_none_helps() -> None:
