@@ -1,4 +1,5 @@
-"""Without compiled graphs for the time being: torch's stance is the whole process's, and what is watched must run in Python."""
+"""Whether code runs in Python or in a graph, and how to make it: torch's stance and its flags are the whole process's, a forward is
+a thread's."""
 
 from __future__ import annotations
 
@@ -11,6 +12,14 @@ import torch
 _lock = threading.Lock()
 _inside = 0
 _stance: contextlib.AbstractContextManager[None] | None = None
+
+
+def in_a_graph() -> bool:
+    """Whether this thread is tracing what it runs for torch.compile or torch.export. ``torch.compiler.is_compiling`` alone says so
+    too while any other thread compiles anything."""
+    return torch.compiler.is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and torch._guards.TracingContext.try_get() is not None
+    )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Estimator
+from .eager import in_a_graph
 from .memory import older_and_higher, oldest_first
 from .primitives import add_share, lay_along, score_tokens, share_scores
 from .ratios import BIN, SCALE, capacity, neighbour_bins
@@ -116,7 +117,7 @@ def _run(
 ) -> Any:
     """The block at a bin: by its graph where the blocks are lowered, of which there are as many as bins."""
     context = prepare_context(module, routing, args, kwargs)
-    run = forward_at if routing.compiled is None or torch.compiler.is_compiling() else routing.compiled
+    run = forward_at if routing.compiled is None or in_a_graph() else routing.compiled
     return run(module, ratio, args, kwargs, recalled, context)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Scope, check_choice
 from .context import ContextGraph
+from .eager import in_a_graph
 from .errors import LoweringError
 from .region import pin_region
 from .routed import (
@@ -187,19 +188,33 @@ class Lowered:
         """One block, by the graph of its family at this ratio; whatever that is, it runs dense to fill an empty memory."""
         routing: BlockRouting = module.__dict__[STATE]
         ratio = 0 if recalled is not None and recalled[1] else ratio
-        programs, shapes = tuple(routing.programs.values()), _shapes(args, kwargs)
+        programs, kind = tuple(routing.programs.values()), _kind(args, kwargs)
         if ratio == 0 and recalled is None:
-            return self._graph((programs, shapes), _plain_body)(routing.base, module, args, kwargs)
-        memory = (recalled is None, recalled is not None and recalled[1])
-        key = (programs, ratio, context, memory, shapes)
+            return self._run((programs, kind), routing, _plain_body, routing.base, module, args, kwargs)
+        memory = None if recalled is None else recalled[1]
+        key = (programs, ratio, context, memory, kind)
         vector = router_vector(module) if routing.model.config.router == "timestep" else None
         try:
-            return self._graph(key, forward_at)(module, ratio, args, kwargs, recalled, context, vector)
+            return self._run(key, routing, forward_at, module, ratio, args, kwargs, recalled, context, vector)
         except torch._dynamo.exc.Unsupported:
-            routing.program(bind_arguments(routing.positional, args, kwargs))  # a new kind of call is analysed eagerly
+            bound = bind_arguments(routing.positional, args, kwargs)
+            program = routing.program(bound)  # a new kind of call is analysed eagerly
             if len(routing.programs) == len(programs):
+                program.values(bound, routing.fqn)  # says what is wrong with the call, if that is it
                 raise
         return self.run_block(module, ratio, args, kwargs, recalled, context)
+
+    def _run(self, key: Any, routing: BlockRouting, body: Callable[..., Any], *given: Any) -> Any:
+        """By the graph that the family shares; where Dynamo has made it anew too often, for blocks that differ in what they read of
+        themselves (the number of their layer), by one of this block's own."""
+        try:
+            return self._graph(key, body)(*given)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            own = (key, routing.index)
+        try:
+            return self._graph(own, body)(*given)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise _compiled_too_often(routing.fqn) from error
 
     def run_model(
         self, model: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -208,31 +223,38 @@ class Lowered:
         state: ModelRouting = model.__dict__[STATE]
         region = state.region() if state.needs_region else 0
         row = state.current.row or tuple(block.ratios[region] for block in state.blocks)
-        trajectory = state.current.trajectory
-        shapes = _shapes(args, kwargs)
+        trajectory, kind = state.current.trajectory, _kind(args, kwargs)
+        _check_timestep(state, bind_arguments(state.positional, args, kwargs))
+        for block in state.blocks:
+            block.check_entered()
         recalled: dict[int, Recalled] | None = {}
+        remembered = (kind, *_surroundings(model))
         if trajectory is not None:
-            recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], shapes)
-        settings = None  # that rewritten graphs hold
-        if state.config.context != "kept":
-            settings = _settings(bind_arguments(state.positional, args, kwargs))
+            recalled = trajectory.recall_all([block.index for block in state.blocks if any(block.ratios)], remembered)
         with pin_region(state, region, row):
             if recalled is None or not contexts_are_current(model, state, row):
-                return base(model, *args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
-            state.current.recalled = recalled
+                output = base(model, *args, **kwargs)  # eagerly once: memory is made, graphs are rewritten
+                if trajectory is not None:
+                    trajectory.has_run(remembered)
+                return output
             first = trajectory is not None and trajectory.first
             seen = region if state.config.router == "timestep" else None
-            key = (row, seen, first, trajectory is None, settings, _contexts(state), shapes)
+            key = (row, seen, first, trajectory is None, _contexts(state), kind)
             known = (state.num_programs, _contexts(state))
             if state.unproved and any(row) and key not in self.run_eagerly:
                 self.run_eagerly.add(key)
                 return base(model, *args, **kwargs)  # what was loaded is proved
+            state.current.recalled = recalled
             try:
                 output = self._graph(key, _plain_body)(base, model, args, kwargs)
             except torch._dynamo.exc.Unsupported:
                 output = base(model, *args, **kwargs)  # a new kind of call is analysed, or a graph rewritten, eagerly
                 if (state.num_programs, _contexts(state)) == known:
                     raise
+            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                raise _compiled_too_often(type(model).__name__) from error
+            finally:
+                state.current.recalled = {}
         return _clone(output) if self.clone_outputs else output
 
     def _graph(self, key: Any, body: Callable[..., Any]) -> Callable[..., Any]:
@@ -254,16 +276,44 @@ def _contexts(state: ModelRouting) -> tuple[ContextGraph, ...]:
     return tuple(context for block in state.blocks for graphs in block.contexts.values() for context in graphs)
 
 
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Of all tensors of a call; quick, since it is asked at each call of each block, and what is not given is most of it."""
-    return tuple(
-        value.shape if isinstance(value, Tensor) else None if value is None else _shapes_in(value)
-        for value in (*args, *kwargs.values())
+def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Of a call: the shapes of its tensors, and what it holds beside them, which graphs hold too; quick, since it is asked at each
+    call of each block, and what is not given is most of it."""
+    return (*map(_kind_of, args), *kwargs, *map(_kind_of, kwargs.values()))
+
+
+def _kind_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    if value is None:
+        return None
+    return tuple(leaf.shape if isinstance(leaf, Tensor) else setting(leaf) for _, leaf in iterate_leaves(value))
+
+
+def _surroundings(model: nn.Module) -> tuple[Any, ...]:
+    """What decides the dtype and the place of what blocks remember, beside a call."""
+    parameter = next(model.parameters(), None)
+    kind = "cpu" if parameter is None else parameter.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, None if parameter is None else (parameter.dtype, parameter.device)
+
+
+def _check_timestep(state: ModelRouting, bound: dict[str, Any]) -> None:
+    """Raises LoweringError for a timestep that is a number: a graph of the whole model would hold it, and serve that step alone."""
+    timestep = state.plan.timestep
+    if timestep is None or not isinstance(value := bound.get(timestep.argument), int | float):
+        return
+    raise LoweringError(
+        f"with scope='full' the graph holds the numbers of a call, and {timestep.argument!r} is one that differs at every step "
+        f"({value!r}). Pass it as a tensor, or use scope='regional'."
     )
 
 
-def _shapes_in(value: Any) -> tuple[torch.Size, ...]:
-    return tuple(leaf.shape for _, leaf in iterate_leaves(value) if isinstance(leaf, Tensor))
+def _compiled_too_often(name: str) -> LoweringError:
+    return LoweringError(
+        f"{name} reads something that differs from call to call (an attribute that changes, say), and torch compiles it anew for "
+        "each value until it gives up. Pass what changes as a tensor, or do without lower."
+    )
 
 
 @contextlib.contextmanager
@@ -292,7 +342,7 @@ def _lowered_forward(base: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(base)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: ModelRouting | None = routing_of(self)
-        lowered = None if state is None or torch.compiler.is_compiling() else state.lowered
+        lowered = None if state is None or in_a_graph() else state.lowered
         if lowered is None or not lowered.active or lowered.scope != "full":
             return base(self, *args, **kwargs)
         if state.learning or state.dense or state.observers:  # type: ignore[union-attr]
@@ -322,12 +372,6 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     """The same function with a code object of its own, and so with a recompilation count of its own."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
     return types.FunctionType(code, function.__globals__, code.co_name)
-
-
-def _settings(inputs: dict[str, Any]) -> frozenset[Any]:
-    """What a call holds beside tensors."""
-    leaves = iterate_leaves(inputs)
-    return frozenset((path, setting(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor))
 
 
 def _clone(output: Any) -> Any:

@@ -81,16 +81,22 @@ def write_batch(file: Path, batch: Batch) -> None:
     not Python's own.
     """
     leaves, spec = pytree.tree_flatten(batch)
-    tensors = {str(place): leaf.contiguous() for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     others = {str(place): leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     try:
         structure, values = pytree.treespec_dumps(spec), json.dumps(others, default=_to_json)
-    except (TypeError, ValueError, NotImplementedError) as error:
+        header = {"structure": structure, "others": values, "leaves": str(len(leaves))}
+        tensors = {str(place): leaf.contiguous() for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        save_file(tensors or {"none": torch.zeros(0, dtype=torch.float32, device="cpu")}, file, metadata=header)
+    except (
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # the last two: kinds of tensors
         raise UnsupportedError(
             f"this call can't be written to a file: {error}. Record without a folder, which keeps calls in memory as they are."
         ) from error
-    header = {"structure": structure, "others": values, "leaves": str(len(leaves))}
-    save_file(tensors or {"none": torch.zeros(0, dtype=torch.float32, device="cpu")}, file, metadata=header)
 
 
 def read_batch(file: Path) -> Batch:

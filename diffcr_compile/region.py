@@ -17,6 +17,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _KEPT
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .arguments import bind_arguments, iterate_leaves, leaf_name, map_leaves, positional_names, unbind_as
+from .eager import in_a_graph
 from .errors import CaptureError, UnsupportedError
 from .plan import TimestepPlan
 from .primitives import half_of
@@ -53,6 +54,7 @@ def add_region_hooks(model: nn.Module) -> None:
 def _add_hooks(model: nn.Module) -> None:
     model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)
     model.register_forward_hook(_leave, with_kwargs=True, prepend=True)
+    model.register_forward_hook(_give_up, always_call=True)
 
 
 def remove_region_hooks(model: nn.Module) -> None:
@@ -60,6 +62,7 @@ def remove_region_hooks(model: nn.Module) -> None:
     for hooks, hook, flags in (
         (model._forward_pre_hooks, _enter, model._forward_pre_hooks_with_kwargs),
         (model._forward_hooks, _leave, model._forward_hooks_with_kwargs),
+        (model._forward_hooks, _give_up, model._forward_hooks_always_called),
     ):
         for key in [key for key, value in hooks.items() if value is hook]:
             del hooks[key]
@@ -104,7 +107,7 @@ def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]
         _check_pairs(state, bound)
     if state.plan.timestep is None or not (state.learning or state.needs_region):
         return [0]
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() and in_a_graph():
         raise UnsupportedError(_IN_A_GRAPH)
     if torch.compiler.is_dynamo_compiling():
         torch._dynamo.graph_break(msg=_IN_A_GRAPH)
@@ -167,7 +170,7 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
     if state.learning or state.dense or not state.routes:
         current.trajectory = None
         return
-    if torch.compiler.is_compiling():
+    if in_a_graph():
         raise UnsupportedError(
             "skip='reuse' follows the timesteps of a trajectory outside the graph: compile the model by diffcr_compile.lower, not "
             "by torch.compile or torch.export."
@@ -219,7 +222,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         _settle_now(model, state, args, kwargs)
     if state.plan is None:  # a shadow of the model, while its blocks are being looked for
         return None
-    if not torch.compiler.is_compiling():
+    if not in_a_graph():
         state.sync_with_masters()
         state.current.call = (model, args, kwargs)
     if state.current.split is not None:  # an error ended the forward that it belongs to
@@ -257,11 +260,20 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if state.current.split is not None:
         (groups, args, kwargs), state.current.split = state.current.split, None
         output, regions = _run_other_groups(model, state, groups, args, kwargs, output), list(groups)
-    if not torch.compiler.is_compiling():
+    if not in_a_graph():
         state.current.call = None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and (state.learning or state.needs_region):
+    if torch.is_grad_enabled() and not in_a_graph() and (state.learning or state.needs_region):
         state.tell_backward(output, regions)
     return output
+
+
+def _give_up(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """After a forward that an error ended, which never left: nothing of it is under way, and with reuse some blocks remember it and
+    others do not."""
+    state = routing_of(model)
+    if isinstance(state, ModelRouting) and not in_a_graph() and state.current.inside:
+        state.current.inside, state.current.split, state.current.call = False, None, None
+        state.current.trajectory = None
 
 
 def _run_other_groups(
@@ -313,7 +325,7 @@ def _run_later_hooks(
 
 
 def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
+    if in_a_graph():
         raise CaptureError(
             f"the blocks of {type(model).__name__} have not been looked for yet, and can't be while the model is compiled or "
             "exported. Pass example_inputs to transform, or run the model once before."

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
 from .context import MOST_GRAPHS, ContextGraph, ContextKey, context_key, open_settings
+from .eager import in_a_graph
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
 from .plan import BlockPlan, ModelPlan
@@ -41,6 +42,10 @@ ROUTER = "diffcr_router"
 _NOT_HERE = (
     "It is analysed when the model is called so eagerly, which it is not here (compiled or exported, or the block alone): call the "
     "model so once before, or pass such inputs as example_inputs to transform."
+)
+_COMPILED_ALONE = (
+    "skip='reuse' remembers outside the graph of a block: compile by diffcr_compile.lower, not the block by module.compile or "
+    "torch.compile."
 )
 _REFUSED = "Leave the input out, or set this block's ratios to 0, or leave the block out by filter_fn."
 
@@ -246,7 +251,10 @@ class ModelRouting(_Whole):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy is in no mode that the original is in for a while: nobody would take it out of it."""
+        self.sync_with_masters()
         duplicate = super().__deepcopy__(memo)
+        if duplicate.masters is not None:
+            duplicate.synced = duplicate.masters._version  # a copy counts anew
         duplicate.learning, duplicate.dense, duplicate.rehearsal, duplicate.observers = None, False, None, []
         return duplicate
 
@@ -339,7 +347,14 @@ class ModelRouting(_Whole):
         """Gradient checkpointing runs a block again in backward: its region is that of the outputs which the backward came from.
         Raises UnsupportedError where they lie in several, or where it came from none."""
         task = torch._C._current_graph_task_id()
-        if task == -1 or self.current.pinned or not (self.learning or self.needs_region):
+        if task == -1 or self.current.pinned:
+            return
+        if self.config.skip == "reuse" and self.routes and self.learning is None and self.rehearsal is None:
+            raise UnsupportedError(
+                f"{fqn} is recomputed in backward (gradient checkpointing), and with skip='reuse' what its skipped tokens took "
+                "from memory is gone by then. Turn gradient checkpointing off, or use skip='identity'."
+            )
+        if self.current.inside or not (self.learning or self.needs_region):
             return
         regions = self.reached.get(task, set())
         if len(regions) != 1:
@@ -387,9 +402,10 @@ class BlockRouting(_Whole):
         state, current = self.model, self.model.current
         if current.inside or current.pinned or torch._C._current_graph_task_id() != -1:
             return
-        ratios, reuse = self.ratios, state.config.skip == "reuse" and state.rehearsal is None
-        follows = reuse or state.config.router == "timestep" or not _are_equal(ratios)
-        if state.num_regions > 1 and (state.learning is not None or (follows and any(ratios))):
+        ratios, several = self.ratios, state.num_regions > 1
+        reuse = state.config.skip == "reuse" and state.rehearsal is None and state.plan.timestep is not None
+        follows = reuse or (several and (state.config.router == "timestep" or not _are_equal(ratios)))
+        if (follows and any(ratios)) if state.learning is None else several:
             raise UnsupportedError(
                 f"{self.fqn} runs in a forward whose timestep was not looked up: the model's forward was called instead of the "
                 "model. Write model(...) for model.forward(...), and self(...) for self.forward(...) in methods of its own."
@@ -400,7 +416,7 @@ class BlockRouting(_Whole):
         can't be done here, or where such a call can't be routed."""
         program = self.programs.get(signature_of(bound))
         if program is None:
-            if torch.compiler.is_compiling() or self.model.current.call is None:
+            if in_a_graph() or self.model.current.call is None:
                 raise UnsupportedError(self._unknown_call(bound, _NOT_HERE))
             program = self._analysed(bound)
         return program
@@ -491,19 +507,20 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
         if routing is None or routing.model.dense:
             return base(self, *args, **kwargs)
         if routing.rests:
-            compiled = None if torch.compiler.is_compiling() else routing.compiled
+            compiled = None if in_a_graph() else routing.compiled
             return base(self, *args, **kwargs) if compiled is None else compiled(self, 0, args, kwargs, None, None)
-        if not torch.compiler.is_compiling():
+        if not in_a_graph():
             routing.model.find_recomputed(routing.fqn)
             routing.check_entered()
             if routing.model.unproved:
                 _prove_loaded(self, routing, args, kwargs)
         if routing.model.learning is not None:
             return routing.model.learning(self, routing, args, kwargs)
-        if torch.compiler.is_compiling():
-            recalled = (
-                routing.model.current.recalled
-            )  # read by number only where it holds any: Dynamo would guard on the number
+        if in_a_graph():
+            current = routing.model.current
+            if current.trajectory is not None and current.row is None:
+                raise UnsupportedError(_COMPILED_ALONE)
+            recalled = current.recalled  # read by number only where it holds any: Dynamo would guard on the number
             return forward_at(self, routing.ratio(), args, kwargs, recalled.get(routing.index) if recalled else None)
         ratio, recalled, context = prepare(self, routing, args, kwargs)
         if routing.compiled is not None and not routing.model.observers:

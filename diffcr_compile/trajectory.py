@@ -52,8 +52,9 @@ class Trajectory:
     _direction: int = 0
     _rose: bool = False
     _recalled: set[tuple[int, int]] = field(default_factory=set)
-    _shapes: dict[int, Any] = field(default_factory=dict)
+    _kinds: dict[int, Any] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
+    _filled: set[tuple[int, int]] = field(default_factory=set)
 
     def advance(
         self, timestep: Tensor | float, grid: tuple[int, ...], given: Mapping[Path, Tensor] | None = None
@@ -77,6 +78,7 @@ class Trajectory:
             self._direction, self.slot = 0, 0
             self._num_steps, self._given = 1, {path: weakref.ref(tensor) for path, tensor in given.items()}
             self._started.clear()
+            self._filled.clear()
         if self.slot == 0:  # a step is one of first calls: others at a timestep may have another batch size
             self._values = values
         self.first = self.slot not in self._started
@@ -115,11 +117,13 @@ class Trajectory:
             )
         self._recalled.add(key)
         memory = self.memories.get(key)
-        empty = self.first
+        empty = self.first or key not in self._filled  # one that skipped nothing so far remembers another trajectory
         if memory is None or not fits(memory, plan, values, config):
             stream = values[plan.stream]
             rank = self._rank(stream.shape[plan.token_axis], stream.device)
             memory, empty = allocate(plan, values, config, rank, self.now), True
+            self._kinds.pop(self.slot, None)
+        self._filled.add(key)
         memory = self.memories[key] = writable(memory)
         return self._at_present(memory), empty
 
@@ -138,14 +142,22 @@ class Trajectory:
             )
         return self._at_present(pytree.tree_map(torch.clone, memory)), False
 
-    def recall_all(self, indices: list[int], shapes: Any) -> dict[int, tuple[Memory, bool]] | None:
-        """Memories of all blocks in this slot, for a graph of the whole model; None where inputs of these shapes have none yet."""
-        known, self._shapes[self.slot] = self._shapes.get(self.slot) == shapes, shapes
-        if not known or any((self.slot, index) not in self.memories for index in indices):
+    def recall_all(self, indices: list[int], kind: Any) -> dict[int, tuple[Memory, bool]] | None:
+        """Memories of all blocks in this slot, for a graph of the whole model; None where :meth:`has_run` was not told of this kind
+        of call since they were made, or where one is of another trajectory."""
+        keys = [(self.slot, index) for index in indices]
+        if self._kinds.get(self.slot) != kind or not all(key in self.memories for key in keys):
             return None
+        if not self.first and not self._filled.issuperset(keys):
+            return None
+        self._filled.update(keys)
         memories = {index: writable(self.memories[self.slot, index]) for index in indices}
         self.memories.update({(self.slot, index): held for index, held in memories.items()})
         return {index: (self._at_present(held), self.first) for index, held in memories.items()}
+
+    def has_run(self, kind: Any) -> None:
+        """A forward of this kind has run block by block: there is a memory for each."""
+        self._kinds[self.slot] = kind
 
     def _at_present(self, memory: Memory) -> Memory:
         device = memory.age.device

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig
+from diffcr_compile.region import pin_region
 from diffcr_compile.routed import ROUTER, STATE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
@@ -132,6 +133,25 @@ def test_threads_have_regions_of_their_own(model: TinyDiT) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_a_block_rests_where_it_skips_nothing_and_nobody_asks(model: TinyDiT) -> None:
+    state = model.__dict__[STATE]
+    table = torch.zeros(state.num_regions, len(state.blocks))
+    table[:, -1] = 0.5
+    diffcr_compile.set_ratios(model, table)
+    assert [block.rests for block in state.blocks] == [True] * (len(state.blocks) - 1) + [False]
+    diffcr_compile.set_ratios(model, 0)
+    assert all(block.rests for block in state.blocks)
+    with diffcr_compile.trace(model) as seen:
+        assert not any(block.rests for block in state.blocks)
+        model(**INPUTS)
+    assert all(len(calls) == 1 for calls in seen.kept.values())
+    with diffcr_compile.learning(model):
+        assert not any(block.rests for block in state.blocks)
+    with pin_region(state, 0, (500,) * len(state.blocks)):
+        assert not any(block.rests for block in state.blocks)
+    assert all(block.rests for block in state.blocks)
 
 
 def test_checkpointing_around_a_block_recomputes_the_same_tokens(model: TinyDiT) -> None:
