@@ -34,7 +34,7 @@ from .batches import Batch, Batches, by_region, drawn, model_inputs, to_device
 from .checkpoint import Checkpoint, digest_weights
 from .examine import examine_routers, examine_table
 from .objective import dense_outputs, distillation_loss, output_tensors
-from .processes import average_gradients, mean_over_processes, num_processes, rank, wait_for_all
+from .processes import average_gradients, mean_over_processes, num_processes, of_all_processes, rank, wait_for_all
 from .ratios import BudgetedRatios
 from .rehearsal import find_predecessors, rehearsed
 from .report import CalibrationReport, Histograms
@@ -142,18 +142,28 @@ class Learner:
         where tables are tried on samplings of their own, with its steps swapped about.
 
         One extrapolation serves all budgets: the first one's."""
-        visited = visited_regions(self.model, self.state, self._all("steps"))
+        visited = visited_regions(self.model, self.state, self._all("steps"), self.before)
+        proposed = {
+            budget: propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
+            for budget in self.task.budgets
+        }
         self.targets = [[o.cpu() for o in dense_outputs(self.model, batch)] for batch in self._all("dense outputs")]
         self.sampler = recover_sampler(self.model, self.state, self.batches, self.targets)
+        if not all(of_all_processes(self.sampler is not None)):
+            self.sampler = None
         degrees = [float(degree) for degree in range(self.state.config.extrapolation + 1)]
         for budget in self.task.budgets:
-            proposed = propose_tables(suffering, visited, self.task.costs, budget, self.config.tolerance)
             trials = [
                 Trial(name, degree, rows, self._try(name, rows, degree))
-                for name, rows in proposed.items()
+                for name, rows in proposed[budget].items()
                 for degree in degrees
             ]
             trials.sort(key=lambda trial: trial.error)
+            if math.isinf(trials[0].error):
+                raise CalibrationError(
+                    f"with none of the {len(trials)} tables that were tried for budget {budget:g} are the outputs finite. Look at "
+                    "the model's dtype, and at extrapolation=0."
+                )
             best = min([trials[0], *self._swap_steps(trials, visited, budget)], key=lambda trial: trial.error)
             self.tables[budget] = best.rows
             if not self.trials:
@@ -173,7 +183,8 @@ class Learner:
                 return self._try("steps swapped", rows, degree)
 
             def fits(rows: Rows) -> bool:
-                return share_of_table(rows, visited, self.task.costs) <= budget
+                share = share_of_table(rows, visited, self.task.costs)
+                return budget * (1 - self.config.tolerance) <= share <= budget
 
             for trial in trials:
                 swapped, left = swap_steps(trial, visited, error, fits, left, self.config.seed)
@@ -181,7 +192,7 @@ class Learner:
 
     def _try(self, name: str, rows: Rows, degree: float) -> float:
         batches = self._all(f"trying: {name}")
-        return try_table(self.model, self.state, rows, degree, batches, self.targets, self.sampler)
+        return mean_over_processes(try_table(self.model, self.state, rows, degree, batches, self.targets, self.sampler))
 
     def _build_optimizer(self) -> None:
         config, routers = self.config, list(self.routers.values())

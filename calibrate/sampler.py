@@ -161,13 +161,15 @@ def _candidates(
     model: nn.Module, batches: Sequence[dict[str, Any]], targets: Sequence[list[Tensor]], steps: list[Step]
 ) -> Iterator[Latents]:
     """Inputs that the answer has the shape of, but for one axis."""
-    if any(not target for target in targets):
+    if len({target[0].shape if target else None for target in targets} | {None}) != 2:
         return
     answer, first = targets[0][0], model_inputs(model, batches[0])
     paths = [path for path, leaf in iterate_leaves(first) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for path in paths:
         shape = dict(iterate_leaves(first))[path].shape
-        if len(shape) != answer.ndim or len(shape) < 2:
+        given = (dict(iterate_leaves(batch)).get(path) for batch in batches)
+        everywhere = all(isinstance(leaf, Tensor) and leaf.shape == shape for leaf in given)
+        if len(shape) != answer.ndim or len(shape) < 2 or not everywhere or not answer.numel() or 0 in shape:
             continue
         differing = [axis for axis, sizes in enumerate(zip(shape, answer.shape, strict=True)) if len(set(sizes)) > 1]
         axis = differing[0] if differing else 1

@@ -25,6 +25,7 @@ from ..routed import BlockRouting, ModelRouting, router_vector
 from ..trajectory import Trajectory
 from .batches import as_routers_see
 from .objective import output_tensors
+from .processes import sum_over_processes
 from .rehearsal import NO_TRAJECTORY
 
 OLDEST = 4
@@ -38,7 +39,7 @@ MEASURED_TOKENS = 512
 def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> Tensor:
     """Squared error that each ratio brings into the residual stream, as a share of the stream's own square.
 
-    Returns float64 (num_regions, num_blocks, bins): mean over the forwards of each region, zero where none lay. Raises
+    Returns float64 (num_regions, num_blocks, bins): mean over the forwards of each region, of all processes. Raises
     CalibrationError where outputs are not finite, and where reuse is to be measured and no forward continues another's trajectory.
     """
     trajectory = Trajectory()
@@ -55,6 +56,8 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
                     f"the dense outputs of forward {place} are not finite, so what skipping costs can't be told. Look at the "
                     "batches, and at the model's dtype."
                 )
+    for meter in meters:
+        sum_over_processes([meter.total, meter.count])
     if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):
         raise CalibrationError(NO_TRAJECTORY)
     return torch.stack([meter.mean() for meter in meters], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -31,19 +32,17 @@ def snap_table(masters: Tensor, costs: CostModel, budget: float, tolerance: floa
     return _choose((learned[:, :, None] - bins / SCALE) ** 2, costs, budget, tolerance)
 
 
-def choose_table(
-    suffering: Tensor, costs: CostModel, budget: float, tolerance: float, weights: Tensor | None = None
-) -> Rows:
-    """The table of bins whose summed ``suffering`` (num_rows, num_blocks, bins) is least within the budget; as
-    :func:`snap_table`, with another measure of what a bin costs.
+def choose_table(suffering: Tensor, costs: CostModel, budget: float, tolerance: float) -> Rows:
+    """The table of bins whose summed ``suffering`` (num_regions, num_blocks, bins) is least within the budget; as
+    :func:`snap_table`, with another measure of what a bin costs."""
+    return _choose(suffering.double().numpy(), costs, budget, tolerance)
 
-    weights: (num_rows,) shares of the forwards that each row serves, their sum one. None: all alike. Where they are given the rows
-    are those of bins, and what is left of the budget is for :func:`use_up`.
-    """
-    penalties = suffering.double().numpy()
-    if weights is None:
-        return _choose(penalties, costs, budget, tolerance)
-    return _choose_bins(penalties * weights.double().numpy()[:, None, None], costs, budget, weights.double().numpy())
+
+def choose_bins(suffering: Tensor, costs: CostModel, budget: float, weights: Tensor) -> Rows:
+    """The same for rows that serve (num_rows,) shares of the forwards, their sum at most one: others are dense. What is left of the
+    budget is for :func:`use_up`; where it can't be met every ratio is one."""
+    shares = weights.double().numpy()
+    return _choose_bins(suffering.double().numpy() * shares[:, None, None], costs, budget, shares)
 
 
 def _choose(penalties: np.ndarray, costs: CostModel, budget: float, tolerance: float) -> Rows:
@@ -63,12 +62,18 @@ def _choose_bins(penalties: np.ndarray, costs: CostModel, budget: float, weights
     return (choices.reshape(num_rows, num_blocks) * BIN).tolist()
 
 
+def rounded_up(share: float) -> float:
+    """To four places, as errors name a share that can be asked for."""
+    return min(math.ceil(share * 1e4) / 1e4, 1.0)
+
+
 def check_reachable(costs: CostModel, budget: float) -> None:
     """Raises BudgetError, naming the minimum, where no table reaches the budget."""
     if budget < costs.minimum_share:
+        least = rounded_up(costs.minimum_share)
         raise BudgetError(
-            f"budget {budget:g} can't be reached: with every token skipped in every routed block, {costs.minimum_share:.4f} of the "
-            f"dense {UNITS[costs.unit]} remain (the parts that are not routed). Ask for at least {costs.minimum_share:.4f}, or "
+            f"budget {budget:g} can't be reached: with every token skipped in every routed block, {least:.4f} of the "
+            f"dense {UNITS[costs.unit]} remain (the parts that are not routed). Ask for at least {least:.4f}, or "
             "let more families be routed (filter_fn, min_flops_share)."
         )
 

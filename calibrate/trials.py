@@ -10,6 +10,8 @@ nearer.
 
 from __future__ import annotations
 
+import functools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,8 +28,9 @@ from ..region import regions_of_call
 from ..routed import ModelRouting
 from ..table import write_table
 from .objective import output_tensors
+from .processes import of_all_processes
 from .sampler import Sampler
-from .snap import Rows, choose_table, use_up
+from .snap import Rows, choose_bins, rounded_up, use_up
 
 CARRIED = 0.8
 """Where the sampler is unknown, what is left in the next step of an error: those of successive steps that point one way add up.
@@ -42,7 +45,7 @@ FARTHEST = 2
 """Steps between two that swap their rows."""
 
 MOST_GROUPS = 10
-"""Rows that a table chosen block by block may have: each is a graph to compile."""
+"""Rows that a table chosen block by block may have after the dense one: each is a graph to compile."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,32 @@ class Trial:
         return self.name + followed + (", steps swapped" if self.swapped else "")
 
 
-Visited = Mapping[int, int]
-"""Timestep regions in which recorded steps lie, in order of their first visit, and how many lie in each."""
+@dataclass(frozen=True)
+class Visited:
+    """Where the recorded forwards lie. counts: by timestep region, in order of their first visit, how many go on from others.
+    begins: how many begin a trajectory, or a slot of one, and are dense whatever the table."""
+
+    counts: Mapping[int, int]
+    begins: int
+
+    @property
+    def regions(self) -> list[int]:
+        return list(self.counts)
+
+    @property
+    def total(self) -> int:
+        """Forwards."""
+        return self.begins + sum(self.counts.values())
 
 
-def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> Visited:
-    """Where the batches lie.
+def visited_regions(
+    model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]], before: Sequence[Sequence[int]]
+) -> Visited:
+    """Where the batches lie, of all processes; ``before``: the places of those that each goes on from.
 
-    Raises CalibrationError where the samples of one batch lie in several: with reuse they take their steps together.
+    Raises CalibrationError where the samples of one batch lie in several regions: with reuse they take their steps together.
     """
-    found: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for place, batch in enumerate(batches):
         regions = set(regions_of_call(model, state, batch))
         if len(regions) > 1:
@@ -77,16 +96,20 @@ def visited_regions(model: nn.Module, state: ModelRouting, batches: Iterable[dic
                 f"the samples of batch {place} lie in timestep regions {sorted(regions)}. With skip='reuse' expected the "
                 "denoiser's inputs while it samples, all of a batch at one timestep, as diffcr_compile.record collects them."
             )
-        found.update(regions)
-    return found
+        counts.update(dict.fromkeys(regions, int(bool(before[place]))))
+    merged: Counter[int] = Counter()
+    begins = 0
+    for each, first in of_all_processes((counts, sum(not places for places in before))):
+        merged.update(each)
+        begins += first
+    return Visited(merged, begins)
 
 
 def share_of_table(rows: Rows, visited: Visited, costs: CostModel) -> float:
-    """Of the dense cost, the mean over the timestep regions or over the steps that were recorded, whichever is more: steps stand
-    for more regions here and fewer there."""
-    return max(
-        costs.share(rows), costs.share([rows[region] for region, count in visited.items() for _ in range(count)])
-    )
+    """Of the dense cost, the mean over the timestep regions or over the forwards that were recorded, whichever is more: steps stand
+    for more regions here and fewer there, and those that begin a trajectory are dense."""
+    spent = sum(count * costs.row_cost(rows[region]) for region, count in visited.counts.items())
+    return max(costs.share(rows), (visited.begins + spent / costs.dense) / visited.total)
 
 
 def propose_tables(
@@ -98,11 +121,11 @@ def propose_tables(
     that can't reach the budget are left out. Raises BudgetError, naming the minimum, where none can.
     """
     num_regions, num_blocks, _ = suffering.shape
-    regions = list(visited)
+    regions = visited.regions
     nearest = _neighbours(regions, num_regions)
-    counts = torch.tensor(list(visited.values()), dtype=torch.float64, device="cpu")
+    counts = torch.tensor(list(visited.counts.values()), dtype=torch.float64, device="cpu")
     weights = torch.bincount(nearest, minlength=len(regions)).double() / num_regions
-    weights = torch.minimum(weights, counts / counts.sum())
+    weights = torch.minimum(weights, counts / visited.total)  # by neither measure are savings less
 
     def expand(rows: Rows) -> Rows:
         return [list(rows[int(place)]) for place in nearest]
@@ -116,10 +139,12 @@ def propose_tables(
     all_dense = [dense] * len(regions)
     minimum = share(_raised(all_dense, skipped, SCALE))
     if budget < minimum:
+        least = rounded_up(minimum)
         raise BudgetError(
-            f"budget {budget:g} can't be reached: the first step of a trajectory is dense, so that with every token skipped in the "
-            f"others of the {int(counts.sum())} recorded {minimum:.4f} of the dense {UNITS[costs.unit]} remain. Ask for at least "
-            f"{minimum:.4f}, or record a sampling of more steps."
+            f"budget {budget:g} can't be reached: {visited.begins} of the {visited.total} steps recorded begin a trajectory and "
+            f"are dense, and so is all of the first timestep region, so that with every token skipped in the others {least:.4f} "
+            f"of the dense {UNITS[costs.unit]} remain. Ask for at least {least:.4f}, record samplings of more steps, or transform "
+            "with more regions."
         )
     needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
     evenly = torch.ones(len(regions), dtype=torch.float64, device="cpu")
@@ -128,7 +153,7 @@ def propose_tables(
         [skipped if skips else dense for skips in _spread(weights, needed, density)] for density in (evenly, late)
     )
     proposed = {
-        "block by block": (_by_blocks(suffering, regions, weights, costs, budget, tolerance), skipped),
+        "block by block": (_by_blocks(suffering, regions, weights, costs, budget), skipped),
         "uniform": (all_dense, skipped),
         "uniform, one block dense": (all_dense, spared),
         "whole steps": (whole, skipped),
@@ -192,23 +217,15 @@ def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
     return skipped
 
 
-def _by_blocks(
-    suffering: Tensor, regions: Sequence[int], weights: Tensor, costs: CostModel, budget: float, tolerance: float
-) -> Rows:
+def _by_blocks(suffering: Tensor, regions: Sequence[int], weights: Tensor, costs: CostModel, budget: float) -> Rows:
     """The table of the regions, in a few groups of equal rows, that suffers least; the first step is dense."""
-    first, others = [0], list(range(1, len(regions)))
-    groups = (
-        [group.tolist() for group in torch.tensor(others, device="cpu").tensor_split(min(MOST_GROUPS, len(others)))]
-        if others
-        else []
-    )
-    groups = [first, *groups] if groups else [first]
+    others = torch.arange(min(1, len(regions) - 1), len(regions), device="cpu")
+    groups = [group.tolist() for group in others.tensor_split(min(MOST_GROUPS, len(others)))]
     means = torch.stack([suffering[[regions[place] for place in group]].mean(dim=0) for group in groups])
-    if len(groups) > 1:
-        means[0, :, 1:] = float("inf")
     shares = torch.stack([weights[group].sum() for group in groups])
-    chosen = choose_table(means, costs, budget, tolerance, shares)
-    return [row for group, row in zip(groups, chosen, strict=True) for _ in group]
+    chosen = choose_bins(means, costs, budget, shares)
+    dense = [[0] * suffering.shape[1]] * (len(regions) - len(others))
+    return dense + [row for group, row in zip(groups, chosen, strict=True) for _ in group]
 
 
 def swap_steps(
@@ -228,7 +245,7 @@ def swap_steps(
     where they are: moving those too was better on the four pictures, and no better, or worse, on others.
     """
     rows, least = trial.rows, trial.error
-    regions = list(visited)
+    regions = visited.regions
     nearest = _neighbours(regions, len(rows)).tolist()
     generator = random.Random(seed)
     seen = {_key(rows)}
@@ -254,7 +271,7 @@ def swap_steps(
         if found < least:
             rows, least = candidate, found
             candidates = neighbours()
-    return replace(trial, rows=rows, error=least, swapped=True), calls
+    return replace(trial, rows=rows, error=least, swapped=trial.swapped or least < trial.error), calls
 
 
 def _key(rows: Rows) -> tuple[tuple[int, ...], ...]:
@@ -271,17 +288,25 @@ def try_table(
     targets: Iterable[list[Tensor]],
     sampler: Sampler | None = None,
 ) -> float:
-    """Mean squared error of a table, as a share of the dense result's square, on recorded steps in order.
+    """Mean squared error of a table, as a share of the dense result's square, on recorded steps in order; infinite where it is no
+    number.
 
     Of the samples where the sampler is known. Else of the outputs on the recorded inputs: errors of successive steps are added up,
     ``CARRIED`` each time.
     """
     write_table(state, rows)
     state.degree, state.current.trajectory = degree, None
-    if sampler is not None:
-        error = sampler.error(model, batches, targets)
+    measure = functools.partial(_error_of_outputs, state=state) if sampler is None else sampler.error
+    try:
+        error = measure(model, batches=batches, targets=targets)
+    finally:
         state.current.trajectory = None
-        return error
+    return error if math.isfinite(error) else math.inf
+
+
+def _error_of_outputs(
+    model: nn.Module, batches: Iterable[dict[str, Any]], targets: Iterable[list[Tensor]], *, state: ModelRouting
+) -> float:
     carried: dict[int, list[Tensor]] = {}
     total, scale = 0.0, 0.0
     for batch, target in zip(batches, targets, strict=True):
@@ -297,5 +322,4 @@ def try_table(
         carried[slot] = errors
         total += sum(float(error.square().mean()) for error in errors)
         scale += sum(float(dense.float().square().mean()) for dense in target)
-    state.current.trajectory = None
     return total / max(scale, 1e-12)

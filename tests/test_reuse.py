@@ -338,7 +338,7 @@ def test_calibrate_without_training_prefers_the_steps_and_blocks_that_suffer_lea
     with diffcr_compile.record(model) as batches:
         sample(model, steps=tuple(float(step) for step in range(990, 0, -60)))
     report = diffcr_compile.calibrate(model, batches, budget=0.7)
-    assert 0.7 * 0.99 <= report.share <= 0.7
+    assert 0.7 * 0.96 <= report.share <= 0.7  # by timestep regions; by the 17 steps, which they stand for unevenly, within 1 %
     assert not report.history
     uniform = transformed(skip="reuse", context=context, selection="turn")
     low, high = 0.0, 1.0
@@ -540,3 +540,145 @@ def test_dropout_is_not_lost_in_training() -> None:
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def at(step: float, **options: Any) -> dict[str, Any]:
+    return tiny_inputs(PLAIN, timestep=step, **options)
+
+
+SCOPES = pytest.mark.parametrize("scope", [None, "regional", "full"])
+
+
+def lowered(model: TinyDiT, scope: Any) -> TinyDiT:
+    return model if scope is None else diffcr_compile.lower(model, scope=scope, backend="eager")
+
+
+@SCOPES
+@torch.no_grad()
+def test_a_block_that_skips_from_now_on_takes_nothing_of_another_picture(scope: Any) -> None:
+    """Its memory is of the trajectory before: in this one it skipped nothing so far."""
+    torch._dynamo.reset()
+    model = transformed(skip="reuse", num_regions=1)
+    diffcr_compile.set_ratios(model, 0.5)
+    fresh = copy.deepcopy(model)
+    lowered(model, scope)
+    sample(model, seed=5)
+    found = []
+    for each in (model, fresh):
+        diffcr_compile.set_ratios(each, [[0.5, 0.0]])
+        for step in (900.0, 600.0):
+            each(**at(step))
+        diffcr_compile.set_ratios(each, 0.5)
+        found.append([each(**at(step)) for step in (300.0, 200.0)])
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(*found, strict=True))
+
+
+class Failing:
+    """A hook that fails once: before the block it is on, or after it."""
+
+    def __init__(self) -> None:
+        self.times = 1
+
+    def __call__(self, *_: Any) -> None:
+        self.times -= 1
+        if self.times == 0:
+            raise MemoryError("no room")
+
+
+@SCOPES
+@torch.no_grad()
+def test_a_first_step_that_fails_and_is_called_again_begins_anew(scope: Any) -> None:
+    torch._dynamo.reset()
+    model, fresh = transformed(skip="reuse"), transformed(skip="reuse")
+    for each in (model, fresh):
+        diffcr_compile.set_ratios(each, 0.5)
+    lowered(model, scope)
+    sample(model, seed=5)
+    hook = model.blocks[1].register_forward_pre_hook(Failing())
+    diffcr_compile.set_ratios(model, 0.4)  # a graph that is not there yet: the hook is seen
+    diffcr_compile.set_ratios(model, 0.5)
+    torch._dynamo.reset()
+    with pytest.raises(MemoryError), torch.compiler.set_stance("force_eager"):
+        model(**at(990.0))
+    hook.remove()
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(sample(model), sample(fresh), strict=True))
+
+
+@torch.no_grad()
+def test_a_trace_at_another_size_between_lowered_forwards_is_not_met_again() -> None:
+    torch._dynamo.reset()
+    model = transformed(skip="reuse")
+    diffcr_compile.set_ratios(model, 0.5)
+    fresh = copy.deepcopy(model)
+    lowered(model, "full")
+    sample(model)
+    with diffcr_compile.trace(model):
+        sample(model, num_tokens=14)
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(sample(model), sample(fresh), strict=True))
+
+
+@torch.no_grad()
+def test_a_lowered_model_in_another_dtype_remembers_in_that() -> None:
+    torch._dynamo.reset()
+    model = transformed(skip="reuse", context="kept")
+    diffcr_compile.set_ratios(model, 0.5)
+    fresh = copy.deepcopy(model.to(torch.bfloat16).float())
+    lowered(model.to(torch.bfloat16), "full")
+    sample(model, dtype=torch.bfloat16)
+    model.float()
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(sample(model), sample(fresh), strict=True))
+
+
+@pytest.mark.parametrize("num_regions", [1, 4])
+@SCOPES
+@torch.no_grad()
+def test_the_models_forward_without_the_model_is_refused(scope: Any, num_regions: int) -> None:
+    torch._dynamo.reset()
+    model = transformed(skip="reuse", num_regions=num_regions)
+    diffcr_compile.set_ratios(model, 0.5)
+    lowered(model, scope)
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"Write model\(\.\.\.\)"):
+        model.forward(**at(500.0))
+    sample(model)
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"Write model\(\.\.\.\)"):
+        model.forward(**at(500.0))
+
+
+@torch.no_grad()
+def test_blocks_compiled_by_themselves_do_not_forget() -> None:
+    """They run uncompiled, or say so; what they remember is not passed by."""
+    torch._dynamo.reset()
+    model = transformed(skip="reuse")
+    diffcr_compile.set_ratios(model, 0.5)
+    eager = copy.deepcopy(model)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    try:
+        found = sample(model)
+    except Exception as error:
+        assert "diffcr_compile.lower" in str(error)  # noqa: PT017 - which of the two depends on the version of torch
+    else:
+        assert all(relative_error(a, b) < TOLERANCE for a, b in zip(found, sample(eager), strict=True))
+    torch._dynamo.reset()
+    whole = copy.deepcopy(eager)
+    for block in whole.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"diffcr_compile\.lower"):
+        sample(whole)
+
+
+@pytest.mark.parametrize("other_thread", [False, True])
+def test_recomputation_in_backward_is_refused(other_thread: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = transformed(skip="reuse")
+    diffcr_compile.set_ratios(model, 0.5)
+    for block in model.blocks:
+        inner = block.forward
+        block.forward = lambda *args, inner=inner, **kw: checkpoint(inner, *args, use_reentrant=False, **kw)
+    model(**at(900.0))
+    loss = model(**at(600.0)).square().mean()
+    with ThreadPoolExecutor(1) as pool:
+        backward = (lambda: pool.submit(loss.backward).result()) if other_thread else loss.backward
+        with pytest.raises(diffcr_compile.UnsupportedError, match="Turn gradient checkpointing off"):
+            backward()

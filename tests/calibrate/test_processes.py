@@ -28,10 +28,11 @@ import pytest
 import torch
 import torch.distributed as distributed
 from diffcr_compile.calibration import learner, processes
-from models import Shape, TinyDiT, routed, tiny_inputs
+from models import Shape, TinyDiT, original, routed, tiny_inputs
 from torch import nn
 
 from diffcr_compile import CalibrationConfig
+from diffcr_compile.routed import STATE
 from diffcr_compile.unwrap import unwrap
 
 SHAPE = Shape("plain", depth=2, heads=1, head_dim=6)
@@ -120,6 +121,21 @@ def stop_and_go_on(way: str, number: int, folder: Path) -> dict[str, Any]:
     return {**outcome(model, report), "step": found, "files": sorted(path.name for path in checkpoint.iterdir())}
 
 
+def choose_without_training(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """From samplings of its own, of as many steps in one process and fewer in the other; ``way``: the option skip."""
+    config = diffcr_compile.DiffCRConfig(skip=way)  # type: ignore[arg-type]
+    model = diffcr_compile.transform(original(SHAPE), config, example_inputs=tiny_inputs(SHAPE))
+    x, sampled = tiny_inputs(SHAPE, num_tokens=40, seed=number)["x"], []
+    for step in range(980, 0, -100 - 40 * number):
+        inputs = {**tiny_inputs(SHAPE, num_tokens=40, timestep=float(step)), "x": x}
+        sampled.append(inputs)
+        with torch.no_grad():
+            x = 0.97 * x - 0.2 * model(**inputs)
+    free = CalibrationConfig(preset="training-free", steps=8)
+    report = diffcr_compile.calibrate(model, sampled, budget=BUDGET, config=free)
+    return {**outcome(model, report), "degree": model.__dict__[STATE].degree, "trials": report.trials}
+
+
 def spoil_one(way: str, number: int, folder: Path) -> dict[str, Any]:
     """The last batch, of the second process alone, holds what is no number."""
     model = WAYS[way][1](routed(SHAPE))
@@ -137,6 +153,8 @@ RUNS: dict[str, tuple[Work, str]] = {
     "sharded, stopped": (stop_and_go_on, "sharded"),
     "lora, stopped": (stop_and_go_on, "lora"),
     "spoilt": (spoil_one, "plain"),
+    "training-free": (choose_without_training, "identity"),
+    "training-free, reuse": (choose_without_training, "reuse"),
 }
 
 
@@ -249,6 +267,15 @@ def test_stopped_they_go_on_to_the_same_end(found: Found, way: str) -> None:
         "targets-1.safetensors",
     ]
     assert stopped == through
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training-free", "training-free, reuse"])
+def test_without_training_all_choose_one_table(found: Found, name: str) -> None:
+    first, second = found(name)
+    assert first == second
+    assert first["share"] <= BUDGET
+    assert torch.tensor(first["table"]).any()
 
 
 @pytest.mark.slow

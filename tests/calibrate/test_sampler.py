@@ -200,6 +200,41 @@ def test_an_input_that_holds_more_than_the_latents() -> None:
     assert sampler.error(model, batches, targets) == pytest.approx(moved, rel=1e-3)
 
 
+def of_tokens(number: int, seed: int = 3) -> list[dict[str, Any]]:
+    """What a sampling of pictures of so many tokens calls the model with."""
+    model, x = reusing(), torch.randn(2, number, CHANNELS, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), diffcr_compile.record(model) as batches:
+        for step in STEPS:
+            inputs = tiny_inputs(PLAIN, batch=2, num_tokens=number, timestep=step)
+            x = KEEP * x + MOVE * model(**{**inputs, "x": x.clone()})
+    return list(batches)
+
+
+@pytest.mark.parametrize("sizes", [(16, 8), (8, 16)])
+def test_pictures_of_several_sizes_are_tried_on_what_was_recorded(sizes: tuple[int, int]) -> None:
+    model, batches = reusing(), [batch for size in sizes for batch in of_tokens(size)]
+    targets = [dense_outputs(model, batch) for batch in batches]
+    assert recover_sampler(model, model.__dict__[STATE], batches, targets) is None
+    assert diffcr_compile.calibrate(model, batches, budget=0.6).share <= 0.6
+
+
+@pytest.mark.parametrize("later", [torch.zeros(2, 11, CHANNELS), torch.zeros(2, 0, CHANNELS), None, "missing"], ids=str)
+def test_an_input_that_is_not_always_there_is_not_the_latents(later: Any) -> None:
+    class Controlled(TinyDiT):
+        def forward(self, control: Tensor | None, x: Tensor, timestep: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(x=x, timestep=timestep, mask=mask)
+
+    model, batches, targets, _ = recorded(linear)
+    model.__class__ = Controlled
+    given = [{"control": batches[0]["x"] if place < 3 else later, **batch} for place, batch in enumerate(batches)]
+    for batch in given:
+        if isinstance(batch["control"], str):
+            del batch["control"]
+    sampler = recover_sampler(model, model.__dict__[STATE], given, targets)
+    assert sampler is not None
+    assert sampler.latents.path == ("x",)
+
+
 def test_calibrate_tries_tables_on_samplings_of_their_own() -> None:
     model, batches, targets, _ = recorded(linear)
     report = diffcr_compile.calibrate(model, batches, budget=0.6)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from contextlib import ExitStack
 
 import pytest
 import torch
-from models import Shape, original, routed, tiny_inputs
+from models import Shape, original, relative_error, routed, tiny_inputs
 from torch._dynamo.testing import CompileCounter
 
 import diffcr_compile
-from diffcr_compile.eager import force_eager
+from diffcr_compile.eager import force_eager, in_a_graph
+
+pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained")
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +69,73 @@ def test_records_and_traces_that_overlap_in_two_threads_leave_nothing() -> None:
     assert len(batches) == 0
     diffcr_compile.transform(original(shape), example_inputs=tiny_inputs(shape))
     assert compiles()
+
+
+class Elsewhere:
+    """Another thread that is compiling something from now until ``end``."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._compile)
+
+    def _compile(self) -> None:
+        def backend(graph: torch.fx.GraphModule, _: object) -> object:
+            self.begun.set()
+            self.ended.wait(60)
+            return graph.forward
+
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+
+    def begin(self) -> None:
+        self.thread.start()
+        assert self.begun.wait(60)
+
+    def end(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+def test_a_graph_is_this_threads() -> None:
+    seen = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if in_a_graph() else x - 1
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(in_a_graph())
+            return f(x)
+
+    assert torch.equal(torch.compile(f, backend="eager", fullgraph=True)(torch.zeros(2)), torch.ones(2))
+    torch.export.export(Module(), (torch.zeros(2),), strict=False)
+    assert set(seen) == {True}
+    other = Elsewhere()
+    other.begin()
+    try:
+        assert not in_a_graph()
+    finally:
+        other.end()
+
+
+@pytest.mark.parametrize("scope", [None, "regional", "full"])
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+def test_a_forward_is_the_same_while_another_thread_compiles(skip: str, scope: str | None) -> None:
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    config = diffcr_compile.DiffCRConfig(skip=skip)  # type: ignore[arg-type]
+    model = diffcr_compile.transform(original(shape), config, example_inputs=tiny_inputs(shape))
+    diffcr_compile.set_ratios(model, 0.5)
+    expected = copy.deepcopy(model)
+    if scope is not None:
+        diffcr_compile.lower(model, scope=scope, backend="eager")  # type: ignore[arg-type]
+    with torch.no_grad():
+        steps = [tiny_inputs(shape, timestep=step) for step in (900.0, 600.0, 300.0)]
+        alone = [expected(**step) for step in steps]
+        for step in steps:
+            model(**step)  # its graphs are there
+        other = Elsewhere()
+        other.begin()
+        try:
+            beside = [model(**step) for step in steps]
+        finally:
+            other.end()
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(beside, alone, strict=True))

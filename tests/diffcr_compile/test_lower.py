@@ -545,3 +545,89 @@ def test_a_filter_of_guards_is_asked_for_every_graph() -> None:
         counts.append(len(asked))
     assert 0 < counts[0] < counts[1] < counts[2]
     assert options == {"guard_filter_fn": keep_all}
+
+
+@pytest.mark.parametrize("scope", ["regional", "full"])
+def test_more_layers_that_read_their_number_than_torch_compiles_anew(scope: Any) -> None:
+    torch._dynamo.reset()
+    shape = Shape("plain", depth=11, heads=1, head_dim=4)
+
+    class Numbered(type(original(shape).blocks[0])):  # type: ignore[misc]
+        def forward(self, x: Tensor, *args: Any) -> Tensor:
+            return super().forward(x, *args) + 0.01 * self.number
+
+    model = original(shape)
+    for number, block in enumerate(model.blocks):
+        block.__class__, block.number = Numbered, number
+    diffcr_compile.transform(model, example_inputs=tiny_inputs(shape))
+    for ratio in (0.0, 0.5):
+        diffcr_compile.set_ratios(model, ratio)
+        eager = copy.deepcopy(model)
+        diffcr_compile.lower(model, scope=scope, backend="eager")
+        with torch.no_grad():
+            for _ in range(2):
+                assert relative_error(model(**tiny_inputs(shape)), eager(**tiny_inputs(shape))) < 1e-5
+
+
+def test_a_number_that_differs_at_every_call_is_refused_by_name() -> None:
+    """Of the model, where the whole is one graph; by block it is the model's own Python that makes a tensor of it."""
+    torch._dynamo.reset()
+    shape = Shape("plain", depth=1, heads=1, head_dim=4)
+
+    class Stepwise(TinyDiT):
+        def forward(self, x: Tensor, timestep: Any) -> Tensor:  # type: ignore[override]
+            steps = timestep if isinstance(timestep, Tensor) else torch.full((len(x),), float(timestep))
+            return super().forward(x=x, timestep=steps)
+
+    inputs = {name: tiny_inputs(shape)[name] for name in ("x", "timestep")}
+    model = diffcr_compile.transform(Stepwise(shape).eval(), example_inputs=inputs)
+    diffcr_compile.set_ratios(model, 0.5)
+    eager = copy.deepcopy(model)
+    diffcr_compile.lower(model, scope="regional", backend="eager")
+    with torch.no_grad():
+        for step in range(0, 1000, 90):
+            given = {**inputs, "timestep": float(step)}
+            assert relative_error(model(**given), eager(**given)) < 1e-5
+        diffcr_compile.lower(model, scope="full", backend="eager")
+        with pytest.raises(
+            diffcr_compile.LoweringError, match=r"'timestep' is one that differs .* Pass it as a tensor"
+        ):
+            model(**{**inputs, "timestep": 500.0})
+        assert relative_error(model(**inputs), eager(**inputs)) < 1e-5
+
+
+def test_what_changes_from_call_to_call_inside_a_block_is_named() -> None:
+    torch._dynamo.reset()
+    shape = Shape("plain", depth=1, heads=1, head_dim=4)
+
+    class Counting(type(original(shape).blocks[0])):  # type: ignore[misc]
+        def forward(self, x: Tensor, *args: Any) -> Tensor:
+            return super().forward(x, *args) + 0.01 * self.number
+
+    model = original(shape)
+    model.blocks[0].__class__, model.blocks[0].number = Counting, 0
+    diffcr_compile.transform(model, example_inputs=tiny_inputs(shape))
+    diffcr_compile.set_ratios(model, 0.5)
+    diffcr_compile.lower(model, scope="regional", backend="eager")
+
+    def count() -> None:
+        for number in range(40):
+            model.blocks[0].number = number
+            model(**tiny_inputs(shape))
+
+    with torch.no_grad(), pytest.raises(diffcr_compile.LoweringError, match=r"blocks\.0 reads something that differs"):
+        count()
+
+
+@pytest.mark.parametrize("scope", [None, "regional", "full"])
+def test_a_table_of_another_length_is_refused_alike(scope: Any) -> None:
+    torch._dynamo.reset()
+    shape = Shape("rotary", depth=1, heads=1, head_dim=8)
+    model = routed(shape)
+    diffcr_compile.set_ratios(model, 0.5)
+    if scope is not None:
+        diffcr_compile.lower(model, scope=scope, backend="eager")
+    inputs = tiny_inputs(shape)
+    inputs["rope"] = tuple(table[:1] for table in inputs["rope"])
+    with torch.no_grad(), pytest.raises(diffcr_compile.UnsupportedError, match="rope"):
+        model(**inputs)

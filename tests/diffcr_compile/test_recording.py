@@ -39,7 +39,9 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: bytes) -> None:
         read_batch(file)
 
 
-@pytest.mark.parametrize("thing", [object(), {1: object()}, slice(1)])
+@pytest.mark.parametrize(
+    "thing", [object(), {1: object()}, slice(1), torch.zeros(2, dtype=torch.complex128), torch.eye(2).to_sparse()]
+)
 def test_what_no_file_holds_is_named_and_leaves_no_file(tmp_path: Path, thing: object) -> None:
     with pytest.raises(diffcr_compile.UnsupportedError, match=r"can't be written to a file: .*Record without a folder"):
         write_batch(tmp_path / "batch.safetensors", {"x": torch.zeros(2), "thing": thing})

@@ -94,6 +94,35 @@ def test_a_copy_is_independent(model: TinyDiT) -> None:
     assert str(diffcr_compile.explain(model)) != str(diffcr_compile.explain(other))
 
 
+def test_a_copy_has_the_table_as_it_is() -> None:
+    """Set by hand after learning, or moved by an optimiser and not yet read."""
+    model = routed(SHAPE)
+    with diffcr_compile.learning(model) as learned:
+        pass
+    diffcr_compile.set_ratios(model, 0.25)
+    assert torch.equal(diffcr_compile.ratios(copy.deepcopy(model)), diffcr_compile.ratios(model))
+    with diffcr_compile.learning(model) as learned, torch.no_grad():
+        learned.ratios.fill_(0.7)
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(diffcr_compile.ratios(duplicate), torch.full_like(diffcr_compile.ratios(model), 0.7))
+    assert torch.equal(diffcr_compile.ratios(model), diffcr_compile.ratios(duplicate))
+
+
+@pytest.mark.parametrize("scope", [None, "regional", "full"])
+def test_after_a_forward_that_failed_none_is_under_way(model: TinyDiT, scope: Any) -> None:
+    torch._dynamo.reset()
+    diffcr_compile.set_ratios(model, [[0.0] * 2, [0.2] * 2, [0.5] * 2, [0.8] * 2])
+    if scope is not None:
+        diffcr_compile.lower(model, scope=scope, backend="eager")
+    run(model, tiny_inputs(SHAPE, timestep=900.0))
+    with pytest.raises(Exception):  # noqa: B017 - whatever the model makes of it
+        model(**{**tiny_inputs(SHAPE, timestep=900.0), "text": None})
+    current = model.__dict__[STATE].current
+    assert (current.inside, current.split, current.call) == (False, None, None)
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"Write model\(\.\.\.\)"):
+        model.forward(**tiny_inputs(SHAPE, timestep=10.0))
+
+
 def test_a_pickle_of_the_whole_model_is_refused_aloud(model: TinyDiT) -> None:
     """It would come back dense: a bound forward is pickled by its name alone."""
     with pytest.raises(diffcr_compile.UnsupportedError, match="save"):
