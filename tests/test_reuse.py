@@ -338,7 +338,9 @@ def test_calibrate_without_training_prefers_the_steps_and_blocks_that_suffer_lea
     with diffcr_compile.record(model) as batches:
         sample(model, steps=tuple(float(step) for step in range(990, 0, -60)))
     report = diffcr_compile.calibrate(model, batches, budget=0.7)
-    assert 0.7 * 0.96 <= report.share <= 0.7  # by timestep regions; by the 17 steps, which they stand for unevenly, within 1 %
+    assert (
+        0.7 * 0.96 <= report.share <= 0.7
+    )  # by timestep regions; by the 17 steps, which they stand for unevenly, within 1 %
     assert not report.history
     uniform = transformed(skip="reuse", context=context, selection="turn")
     low, high = 0.0, 1.0
