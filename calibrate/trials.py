@@ -76,6 +76,11 @@ class Visited:
         return list(self.counts)
 
     @property
+    def dense_rows(self) -> int:
+        """1 where the first region holds nothing but the beginnings of trajectories, and others are there to save in; else 0."""
+        return int(len(self.counts) > 1 and self.counts[self.regions[0]] == 0)
+
+    @property
     def total(self) -> int:
         """Forwards."""
         return self.begins + sum(self.counts.values())
@@ -115,7 +120,8 @@ def share_of_table(rows: Rows, visited: Visited, costs: CostModel) -> float:
 def propose_tables(
     suffering: Tensor, visited: Visited, costs: CostModel, budget: float, tolerance: float
 ) -> dict[str, Rows]:
-    """Tables within the budget, by name. In all of them the first step visited is dense, as it is in any trajectory.
+    """Tables within the budget, by name. In all of them the first step visited is dense, as it is in any trajectory,
+    unless other steps lie in its region.
 
     suffering: (num_regions, num_blocks, bins). Regions that no step visited have the row of one beside them that one did. Tables
     that can't reach the budget are left out. Raises BudgetError, naming the minimum, where none can.
@@ -137,14 +143,14 @@ def propose_tables(
     worst = int(suffering[regions].mean(dim=(0, 2)).argmax())
     spared = [0 if block == worst else SCALE for block in range(num_blocks)]
     all_dense = [dense] * len(regions)
-    minimum = share(_raised(all_dense, skipped, SCALE))
+    first = visited.dense_rows
+    minimum = share(_raised(all_dense, skipped, SCALE, first))
     if budget < minimum:
         least = rounded_up(minimum)
         raise BudgetError(
             f"budget {budget:g} can't be reached: {visited.begins} of the {visited.total} steps recorded begin a trajectory and "
-            f"are dense, and so is all of the first timestep region, so that with every token skipped in the others {least:.4f} "
-            f"of the dense {UNITS[costs.unit]} remain. Ask for at least {least:.4f}, record samplings of more steps, or transform "
-            "with more regions."
+            f"are dense, so that with every token skipped in the others {least:.4f} of the dense {UNITS[costs.unit]} remain. Ask "
+            f"for at least {least:.4f}, or record samplings of more steps."
         )
     needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
     evenly = torch.ones(len(regions), dtype=torch.float64, device="cpu")
@@ -153,33 +159,32 @@ def propose_tables(
         [skipped if skips else dense for skips in _spread(weights, needed, density)] for density in (evenly, late)
     )
     proposed = {
-        "block by block": (_by_blocks(suffering, regions, weights, costs, budget), skipped),
+        "block by block": (_by_blocks(suffering, regions, weights, costs, budget, first), skipped),
         "uniform": (all_dense, skipped),
         "uniform, one block dense": (all_dense, spared),
         "whole steps": (whole, skipped),
         "whole steps, later ones": (whole_late, skipped),
     }
-    tables = {name: _within(rows, limit, share, budget) for name, (rows, limit) in proposed.items()}
+    tables = {name: _within(rows, limit, share, budget, first) for name, (rows, limit) in proposed.items()}
     return {
         name: expand(use_up(rows, share, budget, tolerance)) for name, rows in tables.items() if share(rows) <= budget
     }
 
 
-def _raised(rows: Rows, limit: list[int], ratio: int) -> Rows:
-    """After the first step, which is dense unless it is all there is, every ratio at least ``ratio`` thousandths of the limit."""
-    first = 1 if len(rows) > 1 else 0
+def _raised(rows: Rows, limit: list[int], ratio: int, first: int) -> Rows:
+    """From row ``first`` on every ratio at least ``ratio`` thousandths of the limit."""
     return [list(row) for row in rows[:first]] + [
         [max(given, most * ratio // SCALE) for given, most in zip(row, limit, strict=True)] for row in rows[first:]
     ]
 
 
-def _within(rows: Rows, limit: list[int], share: Callable[[Rows], float], budget: float) -> Rows:
+def _within(rows: Rows, limit: list[int], share: Callable[[Rows], float], budget: float, first: int) -> Rows:
     """``rows`` raised by as little as meets the budget, or by all of the limit."""
     low, high = 0, SCALE
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if share(_raised(rows, limit, middle)) <= budget else (middle + 1, high)
-    return _raised(rows, limit, low)
+        low, high = (low, middle) if share(_raised(rows, limit, middle, first)) <= budget else (middle + 1, high)
+    return _raised(rows, limit, low, first)
 
 
 def _neighbours(regions: Sequence[int], num_regions: int) -> Tensor:
@@ -217,9 +222,11 @@ def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
     return skipped
 
 
-def _by_blocks(suffering: Tensor, regions: Sequence[int], weights: Tensor, costs: CostModel, budget: float) -> Rows:
+def _by_blocks(
+    suffering: Tensor, regions: Sequence[int], weights: Tensor, costs: CostModel, budget: float, first: int
+) -> Rows:
     """The table of the regions, in a few groups of equal rows, that suffers least; the first step is dense."""
-    others = torch.arange(min(1, len(regions) - 1), len(regions), device="cpu")
+    others = torch.arange(first, len(regions), device="cpu")
     groups = [group.tolist() for group in others.tensor_split(min(MOST_GROUPS, len(others)))]
     means = torch.stack([suffering[[regions[place] for place in group]].mean(dim=0) for group in groups])
     shares = torch.stack([weights[group].sum() for group in groups])
