@@ -305,7 +305,7 @@ def test_what_is_computed_on_the_recorded_steps_is_the_budget(
 
 
 def test_a_table_whose_outputs_are_not_finite_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: object) -> float:
+    def broken(*given: object, **named: object) -> float:
         return math.nan
 
     model, _ = reusing()
