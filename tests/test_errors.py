@@ -522,7 +522,9 @@ def test_an_unreachable_budget_names_what_is_reachable() -> None:
     minimum = float(str(raised.value).partition("Ask for at least ")[2].partition(",")[0])
     diffcr_compile.set_ratios(model, 1.0)
     # the message rounds to four places
-    assert diffcr_compile.cost(model).share == pytest.approx(minimum, abs=1e-4)  # rounded up, so that it can be asked for
+    assert diffcr_compile.cost(model).share == pytest.approx(
+        minimum, abs=1e-4
+    )  # rounded up, so that it can be asked for
 
 
 def test_refusals_say_where_and_why() -> None:
