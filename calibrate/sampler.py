@@ -160,8 +160,8 @@ def _steps(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, An
 def _candidates(
     model: nn.Module, batches: Sequence[dict[str, Any]], targets: Sequence[list[Tensor]], steps: list[Step]
 ) -> Iterator[Latents]:
-    """Inputs that the answer has the shape of, but for one axis."""
-    if len({target[0].shape if target else None for target in targets} | {None}) != 2:
+    """Inputs that the answer has the shape of, but for one axis, of one shape in all calls."""
+    if not all(targets) or len({target[0].shape for target in targets}) > 1:
         return
     answer, first = targets[0][0], model_inputs(model, batches[0])
     paths = [path for path, leaf in iterate_leaves(first) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -190,8 +190,7 @@ def _fit(
     follows: list[int],
 ) -> dict[int, tuple[float, ...]] | None:
     """Factors of each step that another follows; None where latents do not go on by the answers."""
-    shapes = {tuple(latents.of(batches[step.calls[0]]).shape) for step in steps}
-    if len(shapes) > 1 or len({len(step.calls) for step in steps}) > 1:
+    if len({len(step.calls) for step in steps}) > 1:
         return None
     columns = [
         _column([latents.of(batches[step.calls[0]])])

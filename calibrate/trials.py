@@ -225,7 +225,7 @@ def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
 def _by_blocks(
     suffering: Tensor, regions: Sequence[int], weights: Tensor, costs: CostModel, budget: float, first: int
 ) -> Rows:
-    """The table of the regions, in a few groups of equal rows, that suffers least; the first step is dense."""
+    """The table of the regions, in a few groups of equal rows, that suffers least; those before ``first`` are dense."""
     others = torch.arange(first, len(regions), device="cpu")
     groups = [group.tolist() for group in others.tensor_split(min(MOST_GROUPS, len(others)))]
     means = torch.stack([suffering[[regions[place] for place in group]].mean(dim=0) for group in groups])

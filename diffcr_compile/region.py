@@ -235,6 +235,10 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     config = state.config
     if not (state.learning or state.needs_region or config.skip == "reuse" or config.guidance == "shared"):
         return None
+    if (
+        state.current.inside and not in_a_graph()
+    ):  # the last one was interrupted (Ctrl-C), and torch ran no hook after it
+        state.current.trajectory = None
     state.current.inside = True
     bound = bind_arguments(state.positional, args, kwargs)
     follow_trajectory(model, state, bound)

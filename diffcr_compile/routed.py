@@ -506,17 +506,18 @@ def routed_forward(base: Callable[..., Any]) -> Callable[..., Any]:
         routing = self.__dict__.get(STATE)
         if routing is None or routing.model.dense:
             return base(self, *args, **kwargs)
+        traced = in_a_graph()
         if routing.rests:
-            compiled = None if in_a_graph() else routing.compiled
+            compiled = None if traced else routing.compiled
             return base(self, *args, **kwargs) if compiled is None else compiled(self, 0, args, kwargs, None, None)
-        if not in_a_graph():
+        if not traced:
             routing.model.find_recomputed(routing.fqn)
             routing.check_entered()
             if routing.model.unproved:
                 _prove_loaded(self, routing, args, kwargs)
         if routing.model.learning is not None:
             return routing.model.learning(self, routing, args, kwargs)
-        if in_a_graph():
+        if traced:
             current = routing.model.current
             if current.trajectory is not None and current.row is None:
                 raise UnsupportedError(_COMPILED_ALONE)

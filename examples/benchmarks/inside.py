@@ -378,8 +378,8 @@ def main() -> None:
     if file.exists() and not options.quick:
         known = json.loads(file.read_text())
         if (known["samples"], known["seed"]) == (settings.samples, settings.seed):
-            rows = [Row(**row) for row in known["rows"] if row["steps"] not in settings.steps] + rows
-            commands = [*known["commands"], *commands]
+            kept = [Row(**row) for row in known["rows"] if row["steps"] not in settings.steps]
+            rows, commands = [*kept, *rows], [*(known["commands"] if kept else ()), *commands]
     text = as_markdown(rows, settings, commands)
     print(text)
     if not options.quick:
