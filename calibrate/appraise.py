@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..arguments import bind_arguments, iterate_leaves, positional_names
 from ..errors import UnsupportedError
+from ..layout import grids_of_call, token_grid
 from ..observe import trace
-from ..region import group_samples, latent_grid, pick_samples, pin_region, regions_of_call, timestep_value
+from ..region import group_samples, pick_samples, pin_region, regions_of_call, timestep_value
 from ..routed import ModelRouting
-from ..trajectory import token_grid
 from .batches import Batch
 
 APPRAISED = 4
@@ -101,8 +101,8 @@ def map_tokens(model: nn.Module, state: ModelRouting, batch: Batch, context: Any
         model(**given)
     state.current.trajectory = None
     sizes = {fqn: calls[-1].shape[1] for fqn, calls in all_kept.kept.items() if calls and seen.kept[fqn]}
-    latents = latent_grid(given)
-    grids = {size: token_grid(size, latents) for size in sizes.values()}
+    layouts = grids_of_call(given)
+    grids = {size: token_grid(size, layouts) for size in sizes.values()}
     known = [size for size in sizes.values() if grids[size] is not None] or list(sizes.values())
     num_tokens = Counter(known).most_common(1)[0][0]
     bits = {
@@ -118,7 +118,7 @@ def map_tokens(model: nn.Module, state: ModelRouting, batch: Batch, context: Any
         grids[num_tokens] or (1, 1, num_tokens),
         {fqn: "".join(str(int(bit)) for bit in bits[fqn].tolist()) for fqn in shown},
         _as_text(torch.stack(list(bits.values())).mean(dim=0)),
-        tuple(_as_text(row) for row in _brightness(given)) if latents else (),
+        tuple(_as_text(row) for row in _brightness(given)),
     )
 
 
@@ -141,9 +141,12 @@ def _largest(value: Tensor | float) -> float:
 
 
 def _brightness(given: Batch) -> Tensor:
-    """The first sample's latents (height, width) in [0, 1], the mean over their channels, at most ``MOST_PIXELS`` to a side."""
-    latents = next(leaf for _, leaf in iterate_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5))
-    picture = latents[0].detach().float().cpu().mean(dim=0)
+    """The first sample's latents (height, width) in [0, 1], the mean over their channels, at most ``MOST_PIXELS`` to a side; none
+    where they are packed."""
+    latents = [leaf for _, leaf in iterate_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
+    if not latents or not latents[0].dtype.is_floating_point:
+        return torch.zeros(0, device="cpu")
+    picture = latents[0][0].detach().float().cpu().mean(dim=0)
     picture = picture[len(picture) // 2] if picture.ndim == 3 else picture
     height, width = (min(side, MOST_PIXELS) for side in picture.shape)
     picture = torch.nn.functional.adaptive_avg_pool2d(picture[None], (height, width))[0]

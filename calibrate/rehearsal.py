@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..arguments import iterate_leaves
 from ..errors import CalibrationError
-from ..region import in_one_region, latent_grid, pin_region, regions_of_call, timestep_value
+from ..layout import grids_of_call
+from ..region import advance, in_one_region, pin_region, regions_of_call, timestep_value
 from ..routed import ModelRouting
 from ..sharding import is_sharded
 from ..trajectory import Trajectory
@@ -36,16 +36,13 @@ def find_predecessors(model: nn.Module, state: ModelRouting, batches: Iterable[B
     """
     timestep, trajectory = state.plan.timestep, Trajectory()
     past: dict[int, list[int]] = {}
-    shapes: dict[int, object] = {}
     found: list[list[int]] = []
     for place, batch in enumerate(batches):
         if timestep is None:
             break
-        trajectory.advance(timestep_value(batch, timestep, model), ())
-        known = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(batch) if isinstance(leaf, Tensor))
-        if trajectory.first or shapes[trajectory.slot] != known:
+        advance(trajectory, model, timestep, batch)
+        if trajectory.first:
             past[trajectory.slot] = []
-        shapes[trajectory.slot] = known
         found.append(past[trajectory.slot][-REHEARSED:])
         past[trajectory.slot].append(place)
     if not any(found):
@@ -70,13 +67,14 @@ def rehearsed(
     try:
         for number, each in enumerate(map(read, [before[0]] * repeats + list(before))):
             region = in_one_region(regions_of_call(model, state, each))
-            trajectory.step(timestep_value(each, timestep, model), latent_grid(each), first=number <= repeats)
+            trajectory.grids[0] = grids_of_call(each)
+            trajectory.step(timestep_value(each, timestep, model), first=number <= repeats)
             with torch.no_grad(), pin_region(state, region, tuple(block.ratios[region] for block in state.blocks)):
                 model(**each)
     finally:
         current.trajectory, state.learning = None, learning
     trajectory.fills, batch = False, read(place)
-    trajectory.step(timestep_value(batch, timestep, model), latent_grid(batch), first=False)
+    trajectory.step(timestep_value(batch, timestep, model), first=False)
     state.rehearsal = trajectory
     try:
         yield

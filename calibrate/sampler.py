@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Path, iterate_leaves, map_leaves
-from ..region import latent_grid, timestep_value
+from ..region import advance
 from ..routed import ModelRouting
 from ..trajectory import Trajectory
 from .batches import model_inputs
@@ -148,7 +148,7 @@ def _steps(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, An
     trajectory, begins = Trajectory(), True
     calls: list[int] = []
     for place, batch in enumerate(batches):
-        trajectory.advance(timestep_value(batch, timestep, model), latent_grid(batch))
+        advance(trajectory, model, timestep, batch)
         if trajectory.slot == 0:
             if calls:
                 yield Step(tuple(calls), begins)

@@ -20,7 +20,7 @@ from ..memory import foretell
 from ..observe import watch_calls
 from ..primitives import score_tokens, share_scores
 from ..ratios import BIN, SCALE
-from ..region import regions_of_call, timestep_value
+from ..region import advance, regions_of_call
 from ..routed import BlockRouting, ModelRouting, router_vector
 from ..trajectory import Trajectory
 from .batches import as_routers_see
@@ -48,7 +48,7 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
     with dense(model), watch_calls(model, state, after=lambda block, *call: meters[block.index].observe(*call)):
         for place, batch in enumerate(seen):
             if state.plan.timestep is not None:
-                trajectory.advance(timestep_value(batch, state.plan.timestep, model), ())
+                advance(trajectory, model, state.plan.timestep, batch)
             for meter in meters:
                 meter.regions = regions_of_call(model, state, batch)
             if not all(bool(output.isfinite().all()) for output in output_tensors(model(**batch))):

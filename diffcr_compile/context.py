@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .guards import Guards
-from .settings import setting, settings_of
+from .settings import Same, setting, settings_of
 
 ContextKey = tuple[Any, ...]
 
@@ -85,10 +85,28 @@ def _on(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 def context_key(module: nn.Module) -> ContextKey:
     """What a rewritten graph depends on beside the kind of call: the block's modules, what is set on them, dtypes and device."""
     parts = tuple((type(part), part.training, settings_of(part, wrappers=False)) for part in module.modules())
-    hooks = sum(
-        len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules() if part is not module
+    hooks = tuple(
+        Same(hook)
+        for part in module.modules()
+        if part is not module
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     )
     return parts, hooks, tuple((parameter.dtype, parameter.device) for parameter in module.parameters())
+
+
+Parts = tuple[tuple[dict[str, Any], str, Any], ...]
+"""Modules and parameters, each with the dictionary that holds it, and its name there."""
+
+
+def parts_of(module: nn.Module) -> Parts:
+    """What a block is made of now."""
+    holders = (holder for part in module.modules() for holder in (part._modules, part._parameters))
+    return tuple((holder, name, held) for holder in holders for name, held in holder.items())
+
+
+def are_in_place(parts: Parts) -> bool:
+    """Whether none has been replaced since: what is quick enough to be asked in every forward."""
+    return all(holder.get(name) is held for holder, name, held in parts)
 
 
 def open_settings(leaves: Iterable[Any]) -> tuple[object, ...]:

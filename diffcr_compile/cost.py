@@ -281,7 +281,7 @@ def _memory(block: BlockRouting, call: tuple[Any, Any]) -> int:
         return 0
     program, values = block.read_call(*call)
     now = torch.zeros(1, dtype=torch.float32, device=values[program.plan.stream].device)
-    return allocate(program.plan, values, config, now, now).nbytes
+    return allocate(program.plan, values, config, now).nbytes
 
 
 def _num_tokens(block: BlockRouting, call: tuple[Any, Any]) -> int:

@@ -20,7 +20,8 @@ from .primitives import flat_rows, lay_along, put_tokens
 
 MAX_REACH = 2.0
 """Extrapolation goes at most this many times the distance between a token's last two updates beyond the last one: further on a
-straight line says little, and few or uneven steps would blow it up."""
+straight line says little, and few or uneven steps would blow it up. Nor is a parabola taken through updates of which the last
+two lie more than this many times as far apart as the two before: a token takes their straight line."""
 
 _EPSILON = 1e-12
 
@@ -46,7 +47,7 @@ class Memory(NamedTuple):
         return sum(tensor.nbytes for tensor in (*self.updates, self.times, self.age, *self.context))
 
 
-def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Tensor, now: Tensor) -> Memory:
+def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, now: Tensor) -> Memory:
     """Empty memory for a block's call with these leaves."""
     stream = values[plan.stream]
     batch, num_tokens = stream.shape[plan.batch_axis], stream.shape[plan.token_axis]
@@ -58,6 +59,7 @@ def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, rank: Ten
             updates.append(stream.new_zeros(num_updates, batch * num_tokens, width, dtype=dtype))
     times = torch.zeros(num_updates, batch, num_tokens, dtype=torch.float32, device=stream.device)
     age = torch.zeros(batch, num_tokens, dtype=torch.float32, device=stream.device)
+    rank = torch.zeros(num_tokens, dtype=torch.float32, device=stream.device)
     degree = torch.tensor(float(config.extrapolation), dtype=torch.float32, device=stream.device)
     context = tuple(stream.new_zeros(shape, dtype=dtype) for shape in _context_shapes(plan, values))
     return Memory(tuple(updates), times, age, rank, now, degree, context)
@@ -82,10 +84,8 @@ def _memory_dtype(config: DiffCRConfig, stream: Tensor) -> torch.dtype:
 
 def blank(plan: BlockPlan, values: list[Any]) -> Memory:
     """Memory that foretells nothing, for a forward outside any trajectory: its skipped tokens bypass the block."""
-    num_tokens, device = values[plan.stream].shape[plan.token_axis], values[plan.stream].device
-    config = DiffCRConfig(skip="reuse", extrapolation=0)
-    rank, now = (torch.zeros(size, dtype=torch.float32, device=device) for size in (num_tokens, 1))
-    return allocate(plan, values, config, rank, now)
+    now = torch.zeros(1, dtype=torch.float32, device=values[plan.stream].device)
+    return allocate(plan, values, DiffCRConfig(skip="reuse", extrapolation=0), now)
 
 
 def fits(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> bool:
@@ -159,7 +159,8 @@ def _weights(times: Tensor, now: Tensor, degree: Tensor) -> Sequence[Tensor | No
     weights = [1 + slope, -slope]
     if len(times) == 3:
         gap2, span = times[1] - times[2], times[0] - times[2]
-        bend = _safe_divide(ahead * (ahead + gap), span) * (gap2.abs() > _EPSILON) * (gap.abs() > _EPSILON)
+        even = (gap2.abs() > _EPSILON) & (gap.abs() > _EPSILON) & (gap.abs() <= MAX_REACH * gap2.abs() + _EPSILON)
+        bend = _safe_divide(ahead * (ahead + gap), span) * even
         bend = (degree - 1).clamp(0, 1) * bend
         first, second = _safe_divide(bend, gap), _safe_divide(bend, gap2)
         weights = [weights[0] + first, weights[1] - first - second, second]

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .arguments import bind_arguments, iterate_leaves, leaf_name, map_leaves, positional_names, unbind_as
 from .eager import in_a_graph
 from .errors import CaptureError, UnsupportedError
+from .layout import grids_of_call
 from .plan import TimestepPlan
 from .primitives import half_of
 from .routed import STATE, ModelRouting, routing_of, settle
@@ -178,21 +179,22 @@ def follow_trajectory(model: nn.Module, state: ModelRouting, bound: dict[str, An
     if current.trajectory is None:
         current.trajectory = Trajectory()
     current.trajectory.degree = state.degree
+    advance(current.trajectory, model, timestep, bound)
+
+
+def advance(trajectory: Trajectory, model: nn.Module, timestep: TimestepPlan, bound: dict[str, Any]) -> None:
+    """A forward by this bound call of the root begins, and goes on with the trajectory or begins a new one."""
     given = {path: leaf for path, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)}
-    current.trajectory.advance(timestep_value(bound, timestep, model), latent_grid(bound), given)
-
-
-def latent_grid(bound: dict[str, Any]) -> tuple[int, ...]:
-    """(height, width) or (frames, height, width) of the latents that the root is called with; empty where there are none."""
-    latents = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
-    return tuple(latents[0].shape[2:]) if latents and latents[0].dtype.is_floating_point else ()
+    trajectory.advance(timestep_value(bound, timestep, model), given)
+    if trajectory.first:
+        trajectory.grids[trajectory.slot] = grids_of_call(bound)
 
 
 def reset(model: nn.Module) -> None:
     """With ``skip="reuse"``: the next forward of this thread begins a new trajectory, and its first step is dense; what was
     remembered is freed. Trajectories are noticed by themselves: needed only to free memory, or where one begins at or below the
-    timestep that another ended with (image to image at low strength after a picture of few steps) and is given the very tensors,
-    its latents apart, that the other was given (pipelines make some anew).
+    timestep that another ended with (image to image at low strength) and is either given the very tensors, its latents apart, that
+    the other was given (pipelines make some anew), or the other was of one step.
 
     Raises NotTransformedError, CaptureError.
     """

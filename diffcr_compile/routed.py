@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor
 
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
-from .context import MOST_GRAPHS, ContextGraph, ContextKey, context_key, open_settings
+from .context import MOST_GRAPHS, ContextGraph, ContextKey, Parts, are_in_place, context_key, open_settings, parts_of
 from .eager import in_a_graph
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
@@ -369,7 +369,7 @@ class ModelRouting(_Whole):
 @dataclass(eq=False)
 class BlockRouting(_Whole):
     """State of one routed block: its column of the table in thousandths, and by call signature its programs and, with full
-    context, their graphs for its modules as they are, each for other sizes."""
+    context, their graphs for its modules as they are, each for other sizes; parts: these modules."""
 
     fqn: str
     index: int
@@ -380,6 +380,7 @@ class BlockRouting(_Whole):
     ratios: tuple[int, ...]
     compiled: Callable[..., Any] | None = None
     contexts: dict[ContextKind, tuple[ContextGraph, ...]] = field(default_factory=dict)
+    parts: Parts = ()
 
     def ratio(self) -> int:
         """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
@@ -565,7 +566,7 @@ def prepare(
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
     context = None
-    if trajectory is not None and not trajectory.first:  # adapters are put on and taken off between trajectories
+    if trajectory is not None and not trajectory.first and are_in_place(routing.parts):
         context = routing.context(program.plan, values)
     if context is None:
         context = _write_context(module, routing, program, values)
@@ -587,14 +588,18 @@ def prepare_context(
 
 
 def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, ...]) -> bool:
-    """Whether every block that ``row`` routes by a rewritten graph has the one for its modules as they now are; looked at once for
-    each trajectory."""
+    """Whether every block that ``row`` routes by a rewritten graph has the one for its modules as they now are; after the first
+    forward of a trajectory, whether none of these has been replaced."""
     trajectory = state.current.trajectory
-    if state.config.context == "kept" or (trajectory is not None and not trajectory.first):
+    if state.config.context == "kept":
         return True
     for block, ratio in zip(state.blocks, row, strict=True):
         rewritten = any(program.plan.context != "kept" for program in block.programs.values())
         if rewritten and (ratio or any(block.ratios)):
+            if trajectory is not None and not trajectory.first:
+                if not are_in_place(block.parts):
+                    return False
+                continue
             key = context_key(model.get_submodule(block.fqn))
             if not block.contexts or block.contexts != block.contexts_at(key):
                 return False
@@ -609,6 +614,8 @@ def _write_context(
     plan = program.plan
     if plan.context == "kept":
         return None
+    if not are_in_place(routing.parts) or not routing.parts:
+        routing.parts = parts_of(module)
     key, given = context_key(module), open_settings(values)
     known = program.contexts.get((key, given), ())
     context = _of_sizes(known, plan, values)

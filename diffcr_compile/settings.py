@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -36,6 +38,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | str | int | float)
 
 
+class Same:
+    """Equal to another of the same object alone, while that lives: its number (``id``) goes to another object then."""
+
+    def __init__(self, value: Any) -> None:
+        self._value, self._number = weakref.ref(value), id(value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Same) and self._value() is other._value() is not None)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 def setting(value: Any, depth: int = 3) -> object:
     """What an attribute says, comparable between the layers of a model: an object's own attributes count, not which it is."""
     if value is None or isinstance(value, bool | str | int | float | torch.dtype | torch.device):
@@ -45,15 +60,25 @@ def setting(value: Any, depth: int = 3) -> object:
     if isinstance(value, nn.Module):
         return type(value)
     if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-        return id(value)
+        return Same(value)
     if depth == 0:
         return type(value)
+    if isinstance(value, types.MethodType):
+        return Same(value.__func__), setting(value.__self__, depth - 1)
+    if isinstance(value, functools.partial):
+        return type(value), setting((value.func, value.args, value.keywords), depth - 1)
     if isinstance(value, dict):
         return tuple((repr(key), setting(item, depth - 1)) for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return type(value), tuple(setting(item, depth - 1) for item in value)
-    own = sorted(getattr(value, "__dict__", {}).items())
-    return type(value), tuple((name, setting(item, depth - 1)) for name, item in own)
+    slots = (name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name))
+    own = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
+    return type(value), tuple((name, setting(item, depth - 1)) for name, item in sorted(own.items()))
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    named = vars(kind).get("__slots__", ())
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 _HASHED = 1 << 16

@@ -2,8 +2,9 @@
 
 Under ``skip="reuse"`` a forward may only take up updates of the same trajectory. One step after the other goes towards the
 data; several calls at one timestep (guidance in two calls, a corrector) are told apart by their order, each in a *slot* with a
-memory of its own. A timestep that turns back, or more calls at one timestep than there are slots, begins a new trajectory; so does
-another tensor in the place of one that every step so far was given (a prompt's embedding, a table of positions).
+memory of its own. A timestep that turns back begins a new trajectory; so does another tensor in the place of one that every step
+so far was given (a prompt's embedding, a table of positions), and one of another shape, dtype or device. More calls at one timestep
+than there are slots belong together with nothing: they and the step after them are dense.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from .arguments import Path
 from .config import DiffCRConfig
-from .defaults import on_cpu
 from .errors import UnsupportedError
+from .layout import Grids, interleaved_rank
 from .memory import Memory, allocate, fits, writable
 from .plan import BlockPlan
 
@@ -33,69 +34,102 @@ MAX_SLOTS = 4
 class Trajectory:
     """The trajectory that a thread is on.
 
-    now: the timestep of the forward under way, float32 (1,) or (B,). degree: of the polynomial through a token's updates. grid:
-    size of the latents. slot: its place among the calls at that timestep. first: whether it is the first of its slot, and so dense.
+    now: the timestep of the forward under way, float32 (1,) or (B,). degree: of the polynomial through a token's updates. slot: its
+    place among the calls at that timestep. first: whether it is the first of its slot, and so dense. grids: of each slot.
     memories: by (slot, block). fills: every block remembers, even one that skips nothing yet: a forward is to learn from it.
     """
 
     now: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float32, device="cpu"))
     degree: float = 0.0
-    grid: tuple[int, ...] = ()
     slot: int = 0
     first: bool = True
+    grids: dict[int, Grids] = field(default_factory=dict)
     memories: dict[tuple[int, int], Memory] = field(default_factory=dict)
     fills: bool = False
     ranks: dict[Any, Tensor] = field(default_factory=dict)
     _values: tuple[float, ...] = ()
-    _given: dict[Path, weakref.ref[Tensor]] = field(default_factory=dict)
+    _given: dict[int, dict[Path, weakref.ref[Tensor]]] = field(default_factory=dict)
+    _looks: dict[int, dict[Path, Any]] = field(default_factory=dict)
     _num_steps: int = 0
     _direction: int = 0
     _rose: bool = False
+    _crowded: bool = False
     _recalled: set[tuple[int, int]] = field(default_factory=set)
     _kinds: dict[int, Any] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
     _filled: set[tuple[int, int]] = field(default_factory=set)
 
-    def advance(
-        self, timestep: Tensor | float, grid: tuple[int, ...], given: Mapping[Path, Tensor] | None = None
-    ) -> None:
-        """A forward at this timestep (a number, one value, or one per sample) on latents of this size begins, ``given`` these
-        tensors. The host reads the timestep."""
-        self._arrive(timestep, grid)
+    def advance(self, timestep: Tensor | float, given: Mapping[Path, Tensor] | None = None) -> None:
+        """A forward at this timestep (a number, one value, or one per sample) begins, ``given`` these tensors. The host reads the
+        timestep."""
+        self._arrive(timestep)
         given = given or {}
+        look = {path: (tensor.shape, tensor.dtype, tensor.device) for path, tensor in given.items()}
         before, values = self._values, tuple(self.now.tolist())
         direction = _direction(before, values)
-        changed = [path for path, tensor in self._given.items() if path in given and tensor() is not given[path]]
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
             self.slot += 1
-        elif self._continues(direction) and not (changed and self._num_steps > 1):
+            if self._num_steps == 1:
+                self._given[self.slot] = _references(given)
+            if self._differs(look):
+                self._forget(self.slot)
+        elif self._continues(direction) and not self._is_another(given, look):
             self._direction, self.slot = direction, 0
             self._num_steps += 1
-            for path in changed:  # latents: new at the second step, and so at every one
-                del self._given[path]
+            known = self._given[0]  # but for latents, which are new at the second step, and so at every one
+            self._given = {
+                0: {path: each for path, each in known.items() if path not in given or each() is given[path]}
+            }
         else:
             self._rose = direction == 1 and self._direction == 0
+            self._crowded = direction == 0 and bool(before)
             self._direction, self.slot = 0, 0
-            self._num_steps, self._given = 1, {path: weakref.ref(tensor) for path, tensor in given.items()}
+            self._num_steps, self._given = 1, {0: _references(given)}
+            self._looks.clear()
             self._started.clear()
             self._filled.clear()
         if self.slot == 0:  # a step is one of first calls: others at a timestep may have another batch size
             self._values = values
+        self._looks[self.slot] = look
         self.first = self.slot not in self._started
         self._started.add(self.slot)
 
-    def step(self, timestep: Tensor | float, grid: tuple[int, ...], *, first: bool) -> None:
+    def step(self, timestep: Tensor | float, *, first: bool) -> None:
         """A forward begins that is known to be the first here, or to go on."""
-        self._arrive(timestep, grid)
+        self._arrive(timestep)
         self.first = first
 
-    def _arrive(self, timestep: Tensor | float, grid: tuple[int, ...]) -> None:
+    def _arrive(self, timestep: Tensor | float) -> None:
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
         self.now = timestep.detach().float()
         self.now = self.now.flatten(1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
-        self.grid = grid
         self._recalled.clear()
+
+    def _forget(self, slot: int) -> None:
+        self._started.discard(slot)
+        self._filled = {key for key in self._filled if key[0] != slot}
+
+    def _is_another(self, given: Mapping[Path, Tensor], look: dict[Path, Any]) -> bool:
+        """Whether a first call at the next timestep is of another picture than the first call before it.
+
+        After a single step, where nothing is known yet to stay the same: if it was given more of the tensors that another call of
+        that step was (which then began this picture, after a call of some other at the same timestep).
+        """
+        if self._crowded or self._differs(look, 0):
+            return True
+        if self._num_steps > 1:
+            return any(path in given and each() is not given[path] for path, each in self._given[0].items())
+        shared = {
+            slot: sum(path in given and each() is given[path] for path, each in known.items())
+            for slot, known in self._given.items()
+        }
+        return max(shared.values()) > shared[0]
+
+    def _differs(self, look: dict[Path, Any], slot: int | None = None) -> bool:
+        """Whether a tensor is of another shape, dtype or device than that in its place in the last call of the slot."""
+        known = self._looks.get(self.slot if slot is None else slot, {})
+        return any(known.get(path, seen) != seen for path, seen in look.items())
 
     def _continues(self, direction: int) -> bool:
         """Whether a step in this direction goes on.
@@ -119,9 +153,7 @@ class Trajectory:
         memory = self.memories.get(key)
         empty = self.first or key not in self._filled  # one that skipped nothing so far remembers another trajectory
         if memory is None or not fits(memory, plan, values, config):
-            stream = values[plan.stream]
-            rank = self._rank(stream.shape[plan.token_axis], stream.device)
-            memory, empty = allocate(plan, values, config, rank, self.now), True
+            memory, empty = allocate(plan, values, config, self.now), True
             self._kinds.pop(self.slot, None)
         self._filled.add(key)
         memory = self.memories[key] = writable(memory)
@@ -161,14 +193,14 @@ class Trajectory:
 
     def _at_present(self, memory: Memory) -> Memory:
         device = memory.age.device
-        return memory._replace(
-            now=self.now.to(device), degree=torch.tensor(self.degree, dtype=torch.float32, device=device)
-        )
+        degree = torch.tensor(self.degree, dtype=torch.float32, device=device)
+        return memory._replace(now=self.now.to(device), degree=degree, rank=self._rank(memory.age.shape[1], device))
 
     def _rank(self, num_tokens: int, device: torch.device) -> Tensor:
-        key = (num_tokens, self.grid, device)
+        grids = self.grids.get(self.slot, ())
+        key = (num_tokens, grids, device)
         if key not in self.ranks:
-            self.ranks[key] = interleaved_rank(num_tokens, self.grid).to(device)
+            self.ranks[key] = interleaved_rank(num_tokens, grids).to(device)
         return self.ranks[key]
 
     @property
@@ -177,52 +209,13 @@ class Trajectory:
         return sum(memory.nbytes for memory in self.memories.values())
 
 
+def _references(given: Mapping[Path, Tensor]) -> dict[Path, weakref.ref[Tensor]]:
+    return {path: weakref.ref(tensor) for path, tensor in given.items()}
+
+
 def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> int:
     """1 or -1 where all timesteps rise or fall, 0 where they are the same (of any number of samples), 2 where they do neither."""
     if len(before) != len(after):
         return 0 if set(before) == set(after) and len(set(after)) == 1 else 2
     signs = {0 if math.isclose(a, b) else (1 if a > b else -1) for a, b in zip(after, before, strict=True)}
     return signs.pop() if len(signs) == 1 else 2
-
-
-@on_cpu()
-def interleaved_rank(num_tokens: int, grid: tuple[int, ...]) -> Tensor:
-    """Order in which to keep the tokens so that any run of it covers the picture evenly: float32 (N,) in [0, 1).
-
-    grid: (height, width) or (frames, height, width) of the latents; the tokens are taken for square patches of them, in raster
-    order, and ordered as in Bayer's dither matrix, so that the first half is a checkerboard and the first quarter one cell of each
-    2 x 2, shifted from frame to frame. Where no patch size fits: by multiples of the golden ratio along the sequence.
-    """
-    tokens = token_grid(num_tokens, grid)
-    if tokens is None:
-        golden = (math.sqrt(5) - 1) / 2
-        keys = (torch.arange(num_tokens, dtype=torch.float64) * golden) % 1
-        return _ranks(keys)
-    frames, height, width = tokens
-    frame, row, column = torch.meshgrid(*(torch.arange(size) for size in (frames, height, width)), indexing="ij")
-    keys, row, column = torch.zeros(frames, height, width, dtype=torch.float64), row + frame, column + frame // 2
-    scale = 1.0
-    for level in range(max(height, width, 2).bit_length()):
-        bit_row, bit_column = (row >> level) & 1, (column >> level) & 1
-        scale /= 4
-        keys += scale * (2 * (bit_row ^ bit_column) + bit_row)
-    return _ranks(keys.flatten())
-
-
-def token_grid(num_tokens: int, grid: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """(frames, height, width) of the tokens of latents of this size, or None."""
-    if len(grid) not in (2, 3):
-        return None
-    frames, height, width = (1, *grid) if len(grid) == 2 else grid
-    for patch in range(1, min(height, width) + 1):
-        for step in range(1, frames + 1):
-            sizes = (frames // step, height // patch, width // patch)
-            if height % patch == width % patch == frames % step == 0 and math.prod(sizes) == num_tokens:
-                return sizes
-    return None
-
-
-def _ranks(keys: Tensor) -> Tensor:
-    ranks = torch.empty(len(keys), dtype=torch.float64)
-    ranks[keys.argsort(stable=True)] = torch.arange(len(keys), dtype=torch.float64)
-    return (ranks / len(keys)).float()

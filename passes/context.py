@@ -106,6 +106,8 @@ def rebuild_context(
     with unset_fake_temporarily():
         leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
         block = _read(module, fqn, plan, leaves, config)
+        proved = proved or block.leaves != plan.leaves
+        block = replace(block, leaves=plan.leaves)
         graph, states = write_context(block)
         if list(map(_fixed_sizes, states)) != list(map(_fixed_sizes, plan.states)):
             raise Refused("its keys and values have other shapes than those that are remembered")
@@ -126,7 +128,8 @@ def _read(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], confi
     block = replace(block, token_symbols=frozenset(token.free_symbols))
     block = plan_leaves(replace(block, stream=plan.stream, token=token, batch=batch))
     for found, known in zip(block.leaves, plan.leaves, strict=True):
-        if (found.token_axes, found.batch_axis) != (known.token_axes, known.batch_axis):
+        # what is broadcast over the samples may have a batch axis of its own in one dtype and not in another
+        if found.token_axes != known.token_axes or found.batch_axis not in (None, known.batch_axis):
             raise Refused(f"its input {known.name!r} follows the tokens in another way")
     return block
 

@@ -328,8 +328,7 @@ class Trial:
 
     def _remember(self, plan: BlockPlan, graph: ContextGraph, config: DiffCRConfig, values: list[Any]) -> Memory:
         """Memory of a dense call on ``values``, which is to give the block's own bits."""
-        rank, now = (torch.zeros(size, dtype=torch.float32) for size in (self.num_tokens, 1))
-        memory = allocate(plan, values, config, rank, now)
+        memory = allocate(plan, values, config, torch.zeros(1, dtype=torch.float32))
         if plan.states:
             tensors = [_clone(value) for value, leaf in zip(values, plan.leaves, strict=True) if leaf.is_tensor]
             found = graph.run_dense(self.module, tensors)

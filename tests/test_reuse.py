@@ -318,6 +318,38 @@ def test_a_replaced_submodule_is_not_passed_by(context: str) -> None:
     assert relative_error(after, before) > 1e-3
 
 
+@pytest.mark.parametrize("scope", [None, "regional", "full"])
+@every_token
+def test_an_adapter_put_on_between_two_steps_is_not_passed_by(context: str, scope: str | None) -> None:
+    """Nor taken for the layer it stands for where it has no weight by that name."""
+    torch._dynamo.reset()
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + 0.5 * x
+
+    def last_step(adapted: bool, scope: str | None) -> Tensor:
+        model = transformed(skip="reuse", context=context)
+        if scope is not None:
+            diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+        diffcr_compile.set_ratios(model, 0.5)
+        with torch.no_grad():
+            for timestep in (700.0, 500.0, 300.0):
+                if adapted and timestep == 300.0:
+                    for block in model.blocks:
+                        block.stream.out = Adapted(block.stream.out)  # type: ignore[union-attr]
+                output = model(**tiny_inputs(PLAIN, timestep=timestep))
+        return output
+
+    changed = last_step(True, None)
+    assert relative_error(changed, last_step(False, None)) > 1e-3
+    assert scope is None or relative_error(last_step(True, scope), changed) < TOLERANCE
+
+
 @every_token
 def test_dtype_and_artefact(tmp_path: Any, context: str) -> None:
     """``half`` after ``transform``, and ``load`` without inputs, both write the graph anew."""

@@ -33,16 +33,36 @@ def test_what_hurts_least_is_compressed_first() -> None:
     assert float(masters.detach()[0, 0]) < 0.5 < float(masters.detach()[0, 1])
 
 
-def test_regions_not_visited_keep_their_direction() -> None:
-    masters = torch.full((2, 2), 0.5, requires_grad=True)
-    ratios = BudgetedRatios(masters, hand_costs(2), 0.02)
-    masters.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    ratios.step(0.5)
-    before = ratios.gradient.clone()
-    masters.grad = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    ratios.step(0.5)
-    assert torch.equal(ratios.gradient[1], before[1])
-    assert not torch.equal(ratios.gradient[0], before[0])
+def noisy(signal: torch.Tensor, noise: float, steps: int, *, one_region: bool) -> torch.Tensor:
+    """The smoothed gradient after as many noisy ones, of all regions or of one a step."""
+    generator = torch.Generator().manual_seed(0)
+    masters = torch.full_like(signal, 0.5).requires_grad_()
+    ratios = BudgetedRatios(masters, hand_costs(signal.shape[1]), 0.02)
+    for step in range(steps):
+        gradient = signal + noise * torch.randn(signal.shape, generator=generator)
+        if one_region:
+            gradient[torch.arange(len(signal)) != step % len(signal)] = 0
+        masters.grad = gradient
+        ratios.step(0.5)
+    return ratios.gradient()
+
+
+@pytest.mark.parametrize("one_region", [False, True])
+def test_what_regions_have_of_their_own_counts_as_far_as_it_is_no_noise(one_region: bool) -> None:
+    signal = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
+    own = signal - signal.mean(dim=0)
+    known = noisy(signal, 0.01, 400, one_region=one_region)
+    assert torch.allclose(known - known.mean(dim=0), own, atol=0.15)
+    lost = noisy(signal, 30.0, 20, one_region=one_region)
+    assert float((lost - lost.mean(dim=0)).abs().max()) < 0.1 * 30
+    alike = noisy(torch.full((4, 3), 2.0), 0.01, 400, one_region=one_region)
+    assert float((alike - 2).abs().max()) < 0.05
+
+
+def test_one_region_follows_its_own_gradient() -> None:
+    """One ratio a layer: all is shared."""
+    signal = torch.tensor([[1.0, 2.0, 3.0]])
+    assert torch.allclose(noisy(signal, 0.0, 200, one_region=False), signal, rtol=1e-3)
 
 
 def test_a_step_without_gradients_only_follows_the_budget() -> None:

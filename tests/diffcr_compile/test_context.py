@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from models import Shape, original
@@ -40,6 +41,50 @@ def test_a_processor_or_a_switch_set_on_a_module_changes_the_key() -> None:
     scaling.stream.scaling = {"default": 0.25}
     disabled.stream._disable_adapters = True
     assert len({context_key(module) for module in modules}) == len(modules)
+
+
+def test_what_a_callable_on_a_module_holds_is_in_the_key() -> None:
+    """Of partial functions, bound methods, and objects with slots, of which nothing lies in a dictionary."""
+
+    class Slotted:
+        __slots__ = ("by",)
+
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+        def double(self, x: float) -> float:
+            return 2 * x * self.by
+
+        def triple(self, x: float) -> float:
+            return 3 * x * self.by
+
+    one, two = Slotted(1.0), Slotted(2.0)
+    scale = Slotted.double
+    settings = (
+        one,
+        two,
+        functools.partial(scale, x=1.0),
+        functools.partial(scale, x=2.0),
+        one.double,
+        one.triple,
+        two.double,
+    )
+    keys = []
+    for value in settings:
+        module = block()
+        module.stream.gain = value
+        keys.append(context_key(module))
+    assert len(set(keys)) == len(settings)
+
+
+def test_another_hook_in_the_place_of_one_changes_the_key() -> None:
+    module = block()
+    handle = module.stream.out.register_forward_hook(lambda module, args, output: output + 1)
+    before = context_key(module)
+    handle.remove()
+    kept = module.stream.out.register_forward_hook(lambda module, args, output: output + 2)
+    assert context_key(module) != before
+    assert kept is not handle
 
 
 def test_weights_and_the_blocks_own_hooks_do_not() -> None:

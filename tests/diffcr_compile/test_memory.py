@@ -45,6 +45,18 @@ def test_a_polynomial_of_its_degree_is_foretold(degree: int, seed: int) -> None:
     assert torch.allclose(found, curve(coefficients, 0.62), atol=1e-4)
 
 
+@given(steps=st.lists(st.floats(1e-4, 1.0), min_size=3, max_size=3), degree=st.integers(0, 2), rising=st.booleans())
+def test_uneven_steps_do_not_blow_updates_up(steps: list[float], degree: int, rising: bool) -> None:
+    """Updates of one, whatever their signs, never foretell more than a token's own spacing allows (29 for a parabola)."""
+    moments = [sum(steps[:count]) * (1 if rising else -1) for count in range(4)]
+    times = torch.tensor(moments[2::-1][: degree + 1]).reshape(-1, 1, 1)
+    foretold = 0.0
+    for place in range(degree + 1):
+        updates = [torch.full((1, 1, 1), float(place == other)) for other in range(degree + 1)]
+        foretold += abs(float(foretell(updates, times, torch.tensor([moments[3]]))))
+    assert foretold <= (1.0, 5.0, 29.0)[degree] * 1.001
+
+
 @pytest.mark.parametrize("degree", [0, 1])
 def test_a_lower_degree_is_that_of_fewer_updates(degree: int) -> None:
     """And between two degrees it is a mix of both."""

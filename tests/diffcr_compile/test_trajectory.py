@@ -1,19 +1,18 @@
-"""Trajectories are noticed from timesteps and steady inputs, and the order in which tokens take turns covers the picture."""
+"""Trajectories are noticed from timesteps and steady inputs."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from diffcr_compile.arguments import Path
-from diffcr_compile.trajectory import MAX_SLOTS, Trajectory, interleaved_rank
+from diffcr_compile.trajectory import MAX_SLOTS, Trajectory
 
 
 def follow(*steps: float) -> list[tuple[int, bool]]:
     """(slot, first of its slot) of each forward."""
     trajectory, seen = Trajectory(), []
     for step in steps:
-        trajectory.advance(step, ())
+        trajectory.advance(step)
         seen.append((trajectory.slot, trajectory.first))
     return seen
 
@@ -52,15 +51,15 @@ def test_one_step_samplers_never_continue() -> None:
 def test_samples_that_part_ways_begin_a_new_one() -> None:
     trajectory, firsts = Trajectory(), []
     for values in ([9.0, 9.0], [8.0, 7.0], [7.0, 8.0], [6.0, 7.0]):
-        trajectory.advance(torch.tensor(values), ())
+        trajectory.advance(torch.tensor(values))
         firsts.append(trajectory.first)
     assert firsts == [True, False, True, False]
 
 
 def test_another_batch_size_begins_a_new_one() -> None:
     trajectory = Trajectory()
-    trajectory.advance(torch.tensor([9.0, 9.0]), ())
-    trajectory.advance(torch.tensor([8.0]), ())
+    trajectory.advance(torch.tensor([9.0, 9.0]))
+    trajectory.advance(torch.tensor([8.0]))
     assert trajectory.first
 
 
@@ -71,7 +70,7 @@ def given(*tensors: torch.Tensor) -> dict[Path, torch.Tensor]:
 def follow_given(*calls: tuple[float, dict[Path, torch.Tensor]]) -> list[tuple[int, bool]]:
     trajectory, seen = Trajectory(), []
     for step, tensors in calls:
-        trajectory.advance(step, (), tensors)
+        trajectory.advance(step, tensors)
         seen.append((trajectory.slot, trajectory.first))
     return seen
 
@@ -88,9 +87,9 @@ def test_a_prompt_that_is_gone_is_another() -> None:
     """Its place in memory may have been taken by the next one."""
     trajectory, prompt = Trajectory(), torch.zeros(1)
     for step in (9.0, 6.0, 3.0):
-        trajectory.advance(step, (), given(torch.zeros(1), prompt))
+        trajectory.advance(step, given(torch.zeros(1), prompt))
     del prompt
-    trajectory.advance(2.0, (), given(torch.zeros(1), torch.zeros(1)))
+    trajectory.advance(2.0, given(torch.zeros(1), torch.zeros(1)))
     assert trajectory.first
 
 
@@ -117,36 +116,40 @@ def test_calls_of_another_batch_size_at_one_timestep_have_slots_of_their_own() -
     """As in guidance by skipped layers: two halves in one batch, then one of them again."""
     trajectory, seen = Trajectory(), []
     for values in ([9.0, 9.0], [8.0, 8.0], [8.0], [7.0, 7.0], [7.0], [6.0, 6.0]):
-        trajectory.advance(torch.tensor(values), ())
+        trajectory.advance(torch.tensor(values))
         seen.append((trajectory.slot, trajectory.first))
     assert seen == [(0, True), (0, False), (1, True), (0, False), (1, False), (0, False)]
 
 
-def picture(rank: torch.Tensor, share: float, height: int, width: int) -> torch.Tensor:
-    return (rank.reshape(height, width) < share).long()
+def test_more_calls_at_one_timestep_than_there_are_slots_go_on_from_nothing() -> None:
+    """Tiles of a large picture: the last ones would else take up each other's updates."""
+    many = MAX_SLOTS + 1
+    assert all(first for _, first in follow(*[9.0] * many, *[6.0] * many, *[3.0] * many))
+    assert follow(*[9.0] * many, 6.0, 3.0, 1.0)[many:] == [(0, True), (0, False), (0, False)]
 
 
-def test_the_first_half_is_a_checkerboard() -> None:
-    half = picture(interleaved_rank(64, (16, 16)), 0.5, 8, 8)
-    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-    assert torch.equal(half, (rows + columns + 1) % 2)
+def test_a_call_before_a_trajectory_at_its_first_timestep_is_not_taken_up() -> None:
+    """A picture of one step, or a call to warm up, before another picture that begins there."""
+    other, prompt, table = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    steps = ((9.0, other), (9.0, prompt), (6.0, prompt), (3.0, prompt))
+    seen = follow_given(*((step, given(torch.zeros(1), table, words)) for step, words in steps))
+    assert seen == [(0, True), (1, True), (0, True), (0, False)]
 
 
-def test_the_first_quarter_has_one_in_each_cell() -> None:
-    quarter = picture(interleaved_rank(64, (8, 8)), 0.25, 8, 8)
-    assert (quarter.unfold(0, 2, 2).unfold(1, 2, 2).sum(dim=(2, 3)) == 1).all()
+def test_another_shape_dtype_or_device_begins_a_new_one() -> None:
+    for changed in (torch.zeros(4, 2), torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, device="meta")):
+        seen = follow_given(
+            (9.0, given(torch.zeros(2, 4))),
+            (6.0, given(torch.zeros(2, 4))),
+            (3.0, given(changed)),
+            (1.0, given(changed)),
+        )
+        assert seen == [(0, True), (0, False), (0, True), (0, False)]
 
 
-def test_frames_are_shifted_against_each_other() -> None:
-    frames = (interleaved_rank(2 * 16, (2, 8, 8)).reshape(2, 4, 4) < 0.5).long()
-    assert (frames[0] + frames[1] == 1).all()
-
-
-@pytest.mark.parametrize("num_tokens", [1, 7, 63, 100])
-def test_every_run_covers_a_sequence_evenly(num_tokens: int) -> None:
-    """Without a grid: any half holds no more than a few neighbours in a row."""
-    rank = interleaved_rank(num_tokens, ())
-    assert sorted(rank.tolist()) == pytest.approx([i / num_tokens for i in range(num_tokens)], abs=1e-6)
-    kept = "".join("1" if value < 0.5 else "0" for value in rank.tolist())
-    assert "0000" not in kept
-    assert "0000" not in kept.replace("1", "x").replace("0", "1").replace("x", "0")
+def test_a_slot_of_another_shape_begins_anew_by_itself() -> None:
+    """The prompt of the second call has another length from here on."""
+    short, long = torch.zeros(2), torch.zeros(3)
+    calls = ((9.0, short), (9.0, short), (6.0, short), (6.0, long), (3.0, short), (3.0, long))
+    seen = follow_given(*((step, given(torch.zeros(1), words)) for step, words in calls))
+    assert seen == [(0, True), (1, True), (0, False), (1, True), (0, False), (1, False)]

@@ -99,7 +99,7 @@ def test_stale_keys_and_values_are_those_of_the_step_in_which_a_token_was_last_k
     weight = draw(D)
     generator = torch.Generator().manual_seed(0)
     steps = [[torch.randn(value.shape, generator=generator) for value in arguments.values()] for _ in range(3)]
-    memory = allocate(plan, steps[0], OPTIONS["stale"], torch.zeros(N), torch.zeros(1))
+    memory = allocate(plan, steps[0], OPTIONS["stale"], torch.zeros(1))
     with torch.no_grad():
         remember_all_context(memory, block.context_graph.run_dense(module, steps[0])[len(plan.outputs) :])
         latest = seen(module, steps[0])
