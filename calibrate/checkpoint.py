@@ -28,7 +28,7 @@ from ..routed import ROUTER
 from ..sharding import whole
 from .processes import of_all_processes, rank
 
-TYPE, VERSION = "diffcr_compile.calibration", 1
+TYPE, VERSION = "diffcr_compile.calibration", 2
 _JSON = "calibration.json"
 _PROGRESS = {"step", "history", "learned", "tables", "targets", "weights"}
 
@@ -54,7 +54,7 @@ class Checkpoint:
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Progress and tensors of the last checkpoint; None where there is none yet.
 
-        Raises ArtefactError where it is damaged, newer than this package, or of a run with other settings.
+        Raises ArtefactError where it is damaged, of another version of this package, or of a run with other settings.
         """
         file = self.path / _JSON
         if not file.is_file():
@@ -71,9 +71,10 @@ class Checkpoint:
             raise ArtefactError(
                 f"{file} is damaged: {type(error).__name__}: {error}. Delete {self.path} to start anew."
             ) from error
-        if kind != TYPE or not isinstance(version, int) or version > VERSION:
+        if kind != TYPE or version != VERSION:
             raise ArtefactError(
-                f"{file} is of type {kind!r}, version {version!r}; expected {TYPE!r}, at most {VERSION}."
+                f"{file} is of type {kind!r}, version {version!r}; expected {TYPE!r}, version {VERSION}. Go on with "
+                f"the diffcr_compile that wrote it, or delete {self.path} to start anew."
             )
         if checksum != record_checksum(record):
             raise ArtefactError(f"{file} is not as it was written. Delete {self.path} to start anew.")

@@ -1,7 +1,7 @@
 """One calibration, stage by stage: warm start, learning, snapping, settling; or, without training, the choice of a table.
 
-All that changes between two steps is in the model, the optimiser, ``BudgetedRatios`` and the fields below ``step``: what a
-checkpoint holds. Batches are drawn by step and seed, so that a run that goes on draws what it would have drawn.
+All that changes between two steps is in the model, the optimiser, the state of ``BudgetedRatios`` and the fields below ``step``:
+what a checkpoint holds. Batches are drawn by step and seed, so that a run that goes on draws what it would have drawn.
 """
 
 from __future__ import annotations
@@ -418,8 +418,8 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 parameter.copy_(like(tensors[name], parameter))
-            self.ratios.masters.copy_(tensors["masters"])
-            self.ratios.gradient.copy_(tensors["gradient"])
+            for name, tensor in self.ratios.state.items():
+                tensor.copy_(tensors[f"ratios/{name}"])
         self.learned = {budget: tensors[f"learned/{budget}"] for budget in progress["learned"]}
         self._load_optimizer(tensors)
         torch.set_rng_state(tensors["generator"])  # a loss of one's own may draw noise
@@ -428,7 +428,7 @@ class Learner:
     def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Raises ArtefactError where a checkpoint's tensors are not this model's."""
         expected = {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
-        expected |= {"masters": tuple(self.ratios.masters.shape), "gradient": tuple(self.ratios.masters.shape)}
+        expected |= {f"ratios/{name}": tuple(tensor.shape) for name, tensor in self.ratios.state.items()}
         wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
         if wrong or "generator" not in tensors:
             assert self.checkpoint is not None
@@ -443,11 +443,8 @@ class Learner:
         for place, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{place}/{name}": whole(torch.as_tensor(value)) for name, value in moments.items()}
         tensors |= {f"learned/{budget}": masters for budget, masters in self.learned.items()}
-        tensors |= {
-            "masters": self.ratios.masters,
-            "gradient": self.ratios.gradient,
-            "generator": torch.get_rng_state(),
-        }
+        tensors |= {f"ratios/{name}": tensor.detach() for name, tensor in self.ratios.state.items()}
+        tensors["generator"] = torch.get_rng_state()
         progress = {
             "step": self.step,
             "history": self.history,

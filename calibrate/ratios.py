@@ -34,7 +34,8 @@ class BudgetedRatios:
     def __init__(self, masters: Tensor, costs: CostModel, learning_rate: float) -> None:
         self.masters, self.costs, self.learning_rate = masters, costs, learning_rate
         num_regions, num_blocks = masters.shape
-        self.state = {
+        self.state: dict[str, Tensor] = {
+            "masters": masters,
             "shared": torch.zeros(num_blocks, dtype=torch.float32, device="cpu"),
             "own": torch.zeros(num_regions, num_blocks, dtype=torch.float32, device="cpu"),
             "own_square": torch.zeros(num_regions, num_blocks, dtype=torch.float32, device="cpu"),
@@ -79,9 +80,9 @@ class BudgetedRatios:
         decay = _OWN_MOMENTUM ** state["visits"]
         begun = (1 - decay).clamp(min=1e-9)
         own, square = state["own"] / begun, state["own_square"] / begun
-        own = own - own.mean(dim=0)
         visits = (1 + _OWN_MOMENTUM) / (1 - _OWN_MOMENTUM) * (1 - decay) / (1 + decay)  # as many, evenly weighted
-        noise = ((square - own.square()).clamp(min=0) / visits.clamp(min=1)).mean()
+        noise = ((square - own.square()).clamp(min=0) / (visits - 1).clamp(min=1)).mean()
+        own = own - own.mean(dim=0)
         told = float((1 - noise / own.square().mean().clamp(min=1e-30)).clamp(0, 1))
         return state["shared"] + (told if float(state["visits"].min()) > 1 else 0.0) * own
 

@@ -226,6 +226,8 @@ def calibrate_command(
         )
     if training_free or (options.skip == "reuse" and "preset" not in fields):
         fields["preset"] = "training-free"
+    if fields.get("preset") == "training-free" and checkpoint is not None:
+        raise click.UsageError("--checkpoint has no effect where nothing is learned (training-free): leave it out.")
     chosen = _calibration_config(fields, config)
     if not has_weights(model):
         raise DiffCRError(f"{model} holds no weights (*.safetensors), and calibrating random ones is of no use.")

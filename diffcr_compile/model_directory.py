@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ INSTALL = "Install it with: pip install 'diffcr-compile[cli]'"
 
 
 def build_model(folder: Path, device: str, *, weights: bool) -> Any:
-    """The model of a directory, in eval mode: with its weights, or random ones (none on meta). Raises DiffCRError."""
+    """The model of a directory, in eval mode: with its weights, in their dtype, or random ones (none on meta).
+
+    Raises DiffCRError.
+    """
     file = folder / "config.json"
     if not file.is_file():
-        raise DiffCRError(f"{folder} holds no config.json; expected a model directory as save_pretrained writes it.")
+        hint = (
+            f" Of this pipeline it may be {folder / 'transformer'}." if (folder / "model_index.json").is_file() else ""
+        )
+        raise DiffCRError(
+            f"{folder} holds no config.json; expected a model directory as save_pretrained writes it.{hint}"
+        )
     config = read_json(file)
     name = config.get("_class_name")
     if not isinstance(name, str):
@@ -34,13 +43,22 @@ def build_model(folder: Path, device: str, *, weights: bool) -> Any:
     kind = _find_class(name)
     try:
         if weights:
-            model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            dtype = _stored_dtype(folder)
+            model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype)
         else:
             with torch.device(device):
                 model = kind.from_config(config)
         return model.to(device).eval()
     except Exception as error:  # whatever a model's constructor raises on a configuration or file it does not know
         raise DiffCRError(f"{name} could not be built from {folder}: {type(error).__name__}: {error}") from error
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """That of most of the weights in the directory's first file, which batches recorded from a pipeline share."""
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+        dtypes = Counter(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
+    floating = [dtype for dtype, _ in dtypes.most_common() if dtype.is_floating_point]
+    return floating[0] if floating else torch.float32
 
 
 def has_weights(folder: Path) -> bool:

@@ -100,8 +100,8 @@ def rebuild_context(
     """The graph for a block whose modules, dtypes or device have changed since its plan was proved; raises Refused.
 
     proved: as in the analysis, for a plan that was loaded, or sizes of which no graph is; but not in training, where dropout has no
-    two runs alike, nor where hooks stand around forwards and move weights. Written outside any fake tensors around the call: the
-    graph is kept for calls that are real.
+    two runs alike, nor where hooks stand around forwards and move weights, or these are quantised and can't be drawn at random.
+    Written outside any fake tensors around the call: the graph is kept for calls that are real.
     """
     with unset_fake_temporarily():
         leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
@@ -112,7 +112,8 @@ def rebuild_context(
         if list(map(_fixed_sizes, states)) != list(map(_fixed_sizes, plan.states)):
             raise Refused("its keys and values have other shapes than those that are remembered")
         parts = [part for part in module.modules() if part is not module]
-        if proved and not any(part.training or "forward" in vars(part) for part in parts):
+        quantised = any(hasattr(type(parameter), "__tensor_flatten__") for parameter in module.parameters())
+        if proved and not quantised and not any(part.training or "forward" in vars(part) for part in parts):
             _prove_rewritten(duplicate(block), fqn, plan, leaves, config)
     return graph
 
@@ -177,6 +178,28 @@ def write_context(block: BlockAnalysis) -> tuple[ContextGraph, tuple[StatePlan, 
     return _Writer(block, program).write()
 
 
+def _attribute_of(module: nn.Module, name: str) -> str:
+    """Where a parameter or buffer of an exported program is found on its module. Decomposition numbers the plain tensors of a
+    quantised one: each is found by the attribute that holds it."""
+    known = {known for known, _ in (*module.named_parameters(), *module.named_buffers())}
+    if name in known:
+        return name
+    owner, _, rest = name.rpartition(".parametrizations.")
+    attribute, _, number = rest.rpartition(".original")
+    whole = f"{owner}.{attribute}" if owner else attribute
+    if whole not in known or not number.isdecimal():
+        raise Refused(f"export took its parameters apart, so the graph can't share them ({name})")
+    return f"{whole}.{_plain_tensors(operator.attrgetter(whole)(module))[int(number)]}"
+
+
+def _plain_tensors(tensor: Any) -> list[str]:
+    """Paths of the plain tensors that a tensor of a class of its own is made of, in the order in which torch flattens it."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [""]
+    names, _ = tensor.__tensor_flatten__()
+    return [f"{name}.{inner}".rstrip(".") for name in names for inner in _plain_tensors(getattr(tensor, name))]
+
+
 def _writes(graph: fx.Graph) -> bool:
     return any(
         node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
@@ -199,10 +222,7 @@ class _Writer:
             raise Refused("its graph writes into its inputs or buffers")
         nodes = {node.name: node for node in program.graph.nodes}
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.attributes = tuple(name.removeprefix("block.") for name in held.values())
-        known = {name for name, _ in (*block.module.named_parameters(), *block.module.named_buffers())}
-        if not known.issuperset(self.attributes):
-            raise Refused("export took its parameters apart (quantised tensors), so the graph can't share them")
+        self.attributes = tuple(_attribute_of(block.module, name.removeprefix("block.")) for name in held.values())
         self.constants = tuple(program.constants[name] for name in signature.inputs_to_lifted_tensor_constants.values())
         for name in (*held, *signature.inputs_to_lifted_tensor_constants):
             self._full[nodes[name]] = self.graph.placeholder(name)

@@ -415,7 +415,8 @@ def test_damaged_json_is_refused(copied: Path, text: str) -> None:
     ("key", "value", "match"),
     [
         ("type", "diffcr_compile.routing", "expected 'diffcr_compile.calibration', at most 1"),
-        ("version", 2, "version 2; expected"),
+        ("version", 1, "version 1; expected"),
+        ("version", 3, "version 3; expected"),
         ("version", "1", "version '1'; expected"),
         ("tensors", "step-000099.safetensors", "lacks the file 'step-000099.safetensors'"),
         ("tensors", "../copy/step-000006.safetensors", "lacks the file"),
@@ -554,7 +555,7 @@ def kill_at_random(folder: Path, kills: int) -> dict[str, Any]:
     os.waitpid(fork(calibrate_into(folder / "expected", None)), 0)
     longest = time.perf_counter() - start
     generator = random.Random(0)
-    found, checkpoint, killed = folder / "found", folder / "checkpoint", 0
+    found, checkpoint, killed, resumed = folder / "found", folder / "checkpoint", 0, 0
     while killed < kills:
         shutil.rmtree(checkpoint, ignore_errors=True)
         for _ in range(2):  # a second kill meets a checkpoint
@@ -563,6 +564,7 @@ def kill_at_random(folder: Path, kills: int) -> dict[str, Any]:
             os.kill(child, signal.SIGKILL)
             killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         steps = sorted(path.name for path in checkpoint.glob("*.safetensors")) if checkpoint.exists() else []
+        resumed += len(steps) > 0
         found.unlink(missing_ok=True)
         _, status = os.waitpid(fork(calibrate_into(found, checkpoint)), 0)
         if status:
@@ -570,7 +572,7 @@ def kill_at_random(folder: Path, kills: int) -> dict[str, Any]:
         ours, theirs = torch.load(found), torch.load(folder / "expected")
         if ours["report"] != theirs["report"] or not same_bits(ours["parameters"], theirs["parameters"]):
             return {"killed": killed, "same": False, "why": f"another end with {steps}"}
-    return {"killed": killed, "same": True, "why": ""}
+    return {"killed": killed, "resumed": resumed, "same": True, "why": ""}
 
 
 @pytest.mark.slow
@@ -584,6 +586,7 @@ def test_killed_at_random_it_goes_on_to_the_same_end(
     found = json.loads(finished.stdout)
     assert found["same"], found["why"]
     assert found["killed"] >= cases(3, 50)
+    assert found["resumed"] > 0  # from a checkpoint, not from the beginning
     record_property("kills", found["killed"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from diffcr_compile.calibration.ratios import BudgetedRatios
@@ -33,9 +35,9 @@ def test_what_hurts_least_is_compressed_first() -> None:
     assert float(masters.detach()[0, 0]) < 0.5 < float(masters.detach()[0, 1])
 
 
-def noisy(signal: torch.Tensor, noise: float, steps: int, *, one_region: bool) -> torch.Tensor:
+def noisy(signal: torch.Tensor, noise: float, steps: int, *, one_region: bool, seed: int = 0) -> torch.Tensor:
     """The smoothed gradient after as many noisy ones, of all regions or of one a step."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     masters = torch.full_like(signal, 0.5).requires_grad_()
     ratios = BudgetedRatios(masters, hand_costs(signal.shape[1]), 0.02)
     for step in range(steps):
@@ -53,8 +55,10 @@ def test_what_regions_have_of_their_own_counts_as_far_as_it_is_no_noise(one_regi
     own = signal - signal.mean(dim=0)
     known = noisy(signal, 0.01, 400, one_region=one_region)
     assert torch.allclose(known - known.mean(dim=0), own, atol=0.15)
-    lost = noisy(signal, 30.0, 20, one_region=one_region)
-    assert float((lost - lost.mean(dim=0)).abs().max()) < 0.1 * 30
+    visits = 5 if one_region else 20
+    lost = [noisy(signal, 30.0, 20, one_region=one_region, seed=seed) for seed in range(20)]
+    left = statistics.mean(float((each - each.mean(dim=0)).square().mean().sqrt()) for each in lost)
+    assert left < 0.4 * 30 / visits**0.5  # of what averaging over the visits leaves
     alike = noisy(torch.full((4, 3), 2.0), 0.01, 400, one_region=one_region)
     assert float((alike - 2).abs().max()) < 0.05
 

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import diffcr_compile
@@ -156,6 +157,32 @@ def test_calibrate_writes_a_routing_that_loads_and_meets_the_budget(
     printed = run("report", output, "--output", tmp_path / "page.html")
     assert printed.stdout.strip() == str(diffcr_compile.CalibrationReport.load(output)).strip()
     assert "data:image/png;base64," in (tmp_path / "page.html").read_text()
+
+
+def test_a_checkpoint_in_half_precision_takes_the_batches_of_its_pipeline(batches: Path, tmp_path: Path) -> None:
+    weights, output = tmp_path / "half", tmp_path / "out"
+    build().bfloat16().save_pretrained(weights)
+    for place, file in enumerate(sorted(batches.iterdir())):
+        given = batch(place)
+        save_file(given | {"hidden_states": given["hidden_states"].bfloat16()}, file)
+    (tmp_path / "calibration.json").write_text(json.dumps({"steps": 4}))
+    arguments = ("--batches", batches, "--budget", 0.8, "--output", output, "--config", tmp_path / "calibration.json")
+    assert answer("calibrate", weights, *arguments)["share"] <= 0.8
+    with safe_open(next((output / "model").glob("*.safetensors")), framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_what_can_have_no_effect_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    given = ("calibrate", nothing, "--batches", nothing, "--budget", 0.8, "--output", tmp_path / "out")
+    for chosen in (("--training-free",), ("--options", "skip=reuse")):
+        assert "--checkpoint has no effect" in refusal(*given, *chosen, "--checkpoint", tmp_path / "progress", code=2)
+
+
+def test_a_pipelines_directory_is_told_from_its_models(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert f"Of this pipeline it may be {tmp_path / 'transformer'}." in refusal("explain", tmp_path)
 
 
 def test_the_cost_of_a_loaded_routing_with_reuse(tmp_path: Path) -> None:
