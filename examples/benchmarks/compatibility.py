@@ -33,6 +33,7 @@ SUBJECTS = {
     9: "caches, repeated blocks",
     10: "residuals and image prompts",
     11: "other structures",
+    12: "skip='reuse', with keys and values from all tokens",
 }
 
 

@@ -3,14 +3,17 @@
     python examples/benchmarks/inside.py          # about forty minutes on an idle core
     python examples/benchmarks/inside.py --quick  # to see that it runs
     python examples/benchmarks/inside.py --model photos --steps 50 20 --samples 4   # another model; needs scikit-image
+    python examples/benchmarks/inside.py --methods rivals "reuse, stale context, score"   # some rows anew
 
 Every row starts from the same noise and labels; *moved* is the mean squared distance of its samples from the dense model's own
 at the same number of steps, and share its FLOPs, first dense step included, as a share of the dense sampling's. Every combination
-of options has one ratio for all blocks and steps; ``ours`` is what ``calibrate`` (training-free) makes of the default options from
-one dense sampling of other pictures, and bypass has such a table too; at few steps its weights are trained as well. Times are
-eager seconds over the dense ones, taken right after. Writes `inside.md` and `inside.json` beside it, or with another model
-`inside_NAME.md` and `inside_NAME.json`; what is there of other numbers of steps, of as many samples, is kept. diffusers' caches run
-where they can be put on a model: FirstBlockCache on the digits DiT, TaylorSeer on the photographs' too.
+of options has one ratio for all blocks and steps (those that score tokens: by routers fitted to one dense sampling); ``ours`` is
+what ``calibrate`` (training-free) makes of the default options from one dense sampling of other pictures, and bypass has such a
+table too; at few steps its weights are trained as well. Of the rivals, whole blocks are cached and thresholds chosen to meet each
+budget, and at intervals; TaylorSeer knows intervals alone. Times are eager seconds over the dense ones, taken right after. Writes
+`inside.md` and `inside.json` beside it, or with another model `inside_NAME.md` and `inside_NAME.json`; rows that are there of as
+many samples and not made anew are kept. diffusers' caches run where they can be put on a model: FirstBlockCache on the digits DiT
+(on the others a few lines here that go by the same rule), TaylorSeer on the photographs' too.
 """
 
 from __future__ import annotations
@@ -41,12 +44,16 @@ from diffcr_compile import DiffCRConfig
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bypass, kept context, score": {},
+    "bypass, all context, score": {"context": "all"},
     "reuse, kept context, score": {"skip": "reuse", "context": "kept", "selection": "score", "extrapolation": 0},
+    "reuse, kept context, score and turn": {"skip": "reuse", "context": "kept", "selection": "score and turn"},
     "reuse, kept context, turn": {"skip": "reuse", "context": "kept", "selection": "turn", "extrapolation": 0},
     "reuse, all context, score": {"skip": "reuse", "context": "all", "selection": "score", "extrapolation": 0},
     "reuse, all context, score and turn": {"skip": "reuse", "context": "all", "selection": "score and turn"},
     "reuse, all context, turn, order 0": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 0},
     "reuse, all context, turn, order 1": {"skip": "reuse", "context": "all", "selection": "turn", "extrapolation": 1},
+    "reuse, stale context, score": {"skip": "reuse", "context": "stale", "selection": "score", "extrapolation": 0},
+    "reuse, stale context, score and turn": {"skip": "reuse", "context": "stale", "selection": "score and turn"},
     "reuse, stale context, turn, order 0": {
         "skip": "reuse",
         "context": "stale",
@@ -63,6 +70,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Combinations of what a skipped token takes, what gives keys and values, and which tokens are kept."""
 
+
+def model_routes_by_score(options: dict[str, Any]) -> bool:
+    """Whether routers choose, which are to be fitted then (bypass has a table of its own for that)."""
+    return bool(options) and options.get("selection", "score") != "turn"
+
+
 DEFAULT = "reuse, all context, turn, order 1"
 OURS = "ours: calibrated without training"
 BYPASS = "bypass, kept context, score"
@@ -76,6 +89,7 @@ TRAINING = diffcr_compile.CalibrationConfig(steps=400, settle=1.0, learning_rate
 SAMPLINGS = 12
 FREE = diffcr_compile.CalibrationConfig(preset="training-free")
 SHARES = (0.8, 0.65, 0.5)
+THRESHOLDS = 7
 STEPS = (50, 20, 8, 4)
 
 
@@ -93,11 +107,22 @@ class Row:
     median: float
 
 
-class BlockCache:
-    """Rival: every block computed in one step of ``interval``, its last update reused or extrapolated in the others."""
+def every(interval: int, steps: int) -> set[int]:
+    """The first two steps, and one in ``interval``."""
+    return {step for step in range(steps) if step < 2 or step % interval == 0}
 
-    def __init__(self, model: nn.Module, interval: int, order: int) -> None:
-        self.interval, self.order, self.step = interval, order, -1
+
+def within(budget: float, steps: int) -> set[int]:
+    """The first two steps, and as many more, evenly apart, as a budget allows."""
+    number = max(int(budget * steps + 1e-9), 2)
+    return {0, *(1 + round(place * (steps - 2) / max(number - 2, 1)) for place in range(number - 1))}
+
+
+class BlockCache:
+    """Rival: every block computed in some steps, its last update reused or extrapolated in the others."""
+
+    def __init__(self, model: nn.Module, full: set[int], order: int) -> None:
+        self.computed, self.order, self.step = full, order, -1
         self.last_time, self.full_steps = float("inf"), 0
         self.memory: dict[tuple[int, int], list[tuple[float, Tensor]]] = {}
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -110,7 +135,7 @@ class BlockCache:
         self.last_time = now
         if self.step == 0:
             self.memory.clear()
-        self.full = self.step < 2 or self.step % self.interval == 0
+        self.full = self.step in self.computed
         self.full_steps += self.full
 
     def _forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,6 +161,54 @@ class BlockCache:
             return latest
         time1, before = others[0]
         return latest + (self.last_time - time0) / (time0 - time1) * (latest - before)
+
+
+class FirstBlock:
+    """Rival: FirstBlockCache's rule, for models that diffusers' goes past. Where the first block's update is near that of the last
+    step that was computed, within ``threshold`` of its mean size, the other blocks' updates of that step are taken again."""
+
+    def __init__(self, model: nn.Module, threshold: float) -> None:
+        self.threshold, self.calls, self.blocks = threshold, 0, blocks_of(model)
+        self.known: Tensor | None = None
+        self.last_time, self.reuses = float("inf"), False
+        self.tails: list[Tensor] = []
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for index, block in enumerate(self.blocks):
+            block.forward = types.MethodType(self._forward(index, type(block).forward), block)
+
+    @property
+    def share(self) -> float:
+        """Blocks computed in one sampling; the caller divides by its steps."""
+        return self.calls / len(self.blocks)
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        now = float(kwargs["timestep" if "timestep" in kwargs else "t"].flatten()[0])
+        if now > self.last_time:
+            self.known = None
+        self.last_time = now
+
+    def _forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if index and self.reuses:
+                streams = list(args[: len(self.tails)])
+                if index == len(self.blocks) - 1:
+                    streams = [stream + tail for stream, tail in zip(streams, self.tails, strict=True)]
+                return tuple(streams) if len(streams) > 1 else streams[0]
+            self.calls += 1
+            output = base(block, *args, **kwargs)
+            streams = list(output) if isinstance(output, tuple) else [output]
+            if index == 0:
+                update = streams[0] - args[0]
+                known, self.heads = self.known, streams
+                near = known is not None and known.shape == update.shape
+                self.reuses = near and bool((update - known).abs().mean() < self.threshold * known.abs().mean())  # type: ignore[operator,union-attr]
+                if not self.reuses:
+                    self.known = update
+            elif index == len(self.blocks) - 1:
+                self.tails = [stream - head for stream, head in zip(streams, self.heads, strict=True)]
+            return output
+
+        return forward
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -186,6 +259,8 @@ class Bench:
 
     def run_ours(self, method: str, options: dict[str, Any]) -> None:
         model = diffcr_compile.transform(self.example.load_model(), DiffCRConfig(**options), example_inputs=self.inputs)
+        if model_routes_by_score(options):
+            diffcr_compile.calibrate(model, self._recorded(model, 20, 4), budget=0.9, config=replace(FREE, steps=0))
         for steps in self.settings.steps:
             if method in (DEFAULT, BYPASS):
                 self._calibrated(OURS if method == DEFAULT else f"{BYPASS}, calibrated", model, steps)
@@ -243,12 +318,18 @@ class Bench:
             for budget in self.settings.shares:
                 fewer = max(round(budget * steps), 1)
                 self.note("fewer dense steps", self.plain, steps, budget, fewer / steps, own_steps=fewer)
-            for interval in (2, 3):
-                for order in (0, 1):
-                    cached = self.example.load_model()
-                    rival = BlockCache(cached, interval, order)
-                    self.note(f"whole blocks, one step in {interval}, order {order}", cached, steps, 0, 0)
-                    self._count_last(rival.full_steps / steps)
+            for order in (0, 1):
+                for budget in self.settings.shares:
+                    self._cache_blocks(
+                        f"whole blocks to the budget, order {order}", steps, within(budget, steps), order
+                    )
+                for interval in (2, 3):
+                    self._cache_blocks(
+                        f"whole blocks, one step in {interval}, order {order}", steps, every(interval, steps), order
+                    )
+            for name, apply in thresholded(self.settings.model):
+                for budget in self.settings.shares:
+                    self._find_threshold(name, apply, steps, budget)
             for name, apply in _diffusers_caches(self.settings.model):
                 cached = self.example.load_model()
                 try:
@@ -258,6 +339,28 @@ class Bench:
                     print(f"{name} at {steps} steps: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
                     continue
                 self._count_last(full() / steps)
+
+    def _cache_blocks(self, method: str, steps: int, full: set[int], order: int) -> None:
+        cached = self.example.load_model()
+        rival = BlockCache(cached, full, order)
+        self.note(method, cached, steps, 0, 0)
+        self._count_last(rival.full_steps / steps)
+
+    def _find_threshold(
+        self, method: str, apply: Callable[[nn.Module, float], Callable[[], float]], steps: int, budget: float
+    ) -> None:
+        """The row of the smallest threshold, of ``THRESHOLDS`` halvings, whose blocks are within the budget."""
+        low, high = 0.0, 1.0
+        for _ in range(THRESHOLDS):
+            middle = (low + high) / 2
+            cached = self.example.load_model()
+            full = apply(cached, middle)
+            self._sample(cached, steps)
+            low, high = (low, middle) if full() / steps <= budget + 1e-9 else (middle, high)
+        cached = self.example.load_model()
+        full = apply(cached, high)
+        self.note(method, cached, steps, 0, 0)
+        self._count_last(full() / steps)
 
     def _count_last(self, share: float) -> None:
         """The last row's share, which its sampling showed."""
@@ -278,37 +381,44 @@ CACHED = {
 the captions compute their attention in no module of its own."""
 
 
-def _diffusers_caches(name: str) -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], float]]]]:
-    """diffusers' own caches: (name, how to put it on a model; that returns a count of the forwards that its blocks made).
+def _counted(model: nn.Module, inside: str, put: Callable[[], None]) -> Callable[[], float]:
+    """``put`` a cache of diffusers on the model; the answer counts the forwards of the model that its blocks made."""
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
-    FirstBlockCache goes by the names of diffusers' classes and arguments, which the models in plain torch do not have.
-    """
+    calls, blocks = [0], blocks_of(model)
+    for block in blocks:
+        block.get_submodule(inside).register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    put()
+    _set_cache_context(model, CacheContext("all"))
+    return lambda: calls[0] / len(blocks)
+
+
+def thresholded(name: str) -> Iterator[tuple[str, Callable[[nn.Module, float], Callable[[], float]]]]:
+    """FirstBlockCache at a threshold: diffusers' own where it knows the model's classes, else its rule."""
+    if name != "digits":
+
+        def by_rule(model: nn.Module, threshold: float) -> Callable[[], float]:
+            rival = FirstBlock(model, threshold)
+            return lambda: rival.share
+
+        yield "first-block rule to the budget", by_rule
+        return
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    def by_diffusers(model: nn.Module, threshold: float) -> Callable[[], float]:
+        config = FirstBlockCacheConfig(threshold=threshold)
+        return _counted(model, CACHED[name][1], lambda: apply_first_block_cache(model, config))
+
+    yield "FirstBlockCache to the budget", by_diffusers
+
+
+def _diffusers_caches(name: str) -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], float]]]]:
+    """TaylorSeer at intervals: (name, how to put it on a model; that returns a count of the forwards that its blocks made)."""
     if name not in CACHED:
         return
     pattern, inside = CACHED[name]
-    from diffusers.hooks import (
-        FirstBlockCacheConfig,
-        TaylorSeerCacheConfig,
-        apply_first_block_cache,
-        apply_taylorseer_cache,
-    )
-    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
-    def counted(model: nn.Module, put: Callable[[], None]) -> Callable[[], float]:
-        calls, blocks = [0], blocks_of(model)
-        for block in blocks:
-            block.get_submodule(inside).register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-        put()
-        _set_cache_context(model, CacheContext("all"))
-        return lambda: calls[0] / len(blocks)
-
-    for threshold in (0.05, 0.1, 0.2) if name == "digits" else ():
-        yield (
-            f"FirstBlockCache, threshold {threshold}",
-            lambda model, threshold=threshold: counted(  # type: ignore[misc]
-                model, lambda: apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
-            ),
-        )
     for interval in (2, 3):
         for order in (1, 2):
             config = TaylorSeerCacheConfig(
@@ -319,10 +429,37 @@ def _diffusers_caches(name: str) -> Iterator[tuple[str, Callable[[nn.Module], Ca
             )
             yield (
                 f"TaylorSeer, one step in {interval}, order {order}",
-                lambda model, config=config: counted(  # type: ignore[misc]
-                    model, lambda: apply_taylorseer_cache(model, config)
+                lambda model, config=config: _counted(  # type: ignore[misc]
+                    model, inside, lambda: apply_taylorseer_cache(model, config)
                 ),
             )
+
+
+def verdict(rows: list[Row]) -> list[str]:
+    """Ours against the rival that moves least among those of no more FLOPs, and of no more time."""
+    lines = [
+        "",
+        "## Against the best rival",
+        "",
+        "Ratio: ours moved over the rival's; below one is ahead. Times are of single eager samplings of small models, and noisy.",
+        "",
+        "| steps | budget | ours moved | no more FLOPs | moved | ratio | no more time | moved | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rivals = [row for row in rows if not row.method.startswith(("ours", "bypass", "reuse"))]
+    for ours in sorted((row for row in rows if row.method == OURS), key=lambda row: (-row.steps, -row.budget)):
+        cells = []
+        for limit, most in (("share", ours.share + SLACK), ("seconds", ours.seconds)):
+            others = [row for row in rivals if row.steps == ours.steps and getattr(row, limit) <= most]
+            best = min(others, key=lambda row: row.moved, default=None)
+            found = best and (best.method, f"{best.moved:.2g}", f"{ours.moved / max(best.moved, 1e-12):.2g}")
+            cells += found or ("none", "", "")
+        lines.append(f"| {ours.steps} | {ours.budget:.2f} | {ours.moved:.2g} | {' | '.join(cells)} |")
+    return lines
+
+
+SLACK = 0.005
+"""Of the FLOPs, by which shares are taken for equal."""
 
 
 def as_markdown(rows: list[Row], settings: Settings, commands: list[str]) -> str:
@@ -336,6 +473,7 @@ def as_markdown(rows: list[Row], settings: Settings, commands: list[str]) -> str
         "one that changes its mind outweighs all others in the mean. Share: FLOPs over the dense "
         "sampling's, first dense step included. Time: eager, over a dense sampling taken right after it.",
     ]
+    lines += verdict(rows)
     for steps in sorted({row.steps for row in rows}, reverse=True):
         lines += [
             "",
@@ -362,6 +500,9 @@ def main() -> None:
         "--model", choices=["digits", "photos", "captions"], default="digits", help="module of examples/"
     )
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*OPTIONS, "rivals"], help="rows to make anew; all if not given"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the table and the record")
     options = parser.parse_args()
     settings = Settings(SHARES, tuple(options.steps), options.samples, options.seed, options.model)
@@ -369,16 +510,23 @@ def main() -> None:
         settings = Settings((0.65,), (8,), 2, options.seed, options.model)
     warnings.filterwarnings("ignore", message="the routers are untrained")
     bench = Bench(settings)
-    for method, choice in tqdm(OPTIONS.items(), desc="combinations"):
-        bench.run_ours(method, choice)
-    bench.run_rivals()
+    for method in tqdm(options.methods or [*OPTIONS, "rivals"], desc="methods"):
+        if method == "rivals":
+            bench.run_rivals()
+        else:
+            bench.run_ours(method, OPTIONS[method])
     name = "inside" if settings.model == "digits" else f"inside_{settings.model}"
     rows, commands = bench.rows, [f"python {shlex.join(sys.argv)}"]
     file = options.out / f"{name}.json"
     if file.exists() and not options.quick:
         known = json.loads(file.read_text())
         if (known["samples"], known["seed"]) == (settings.samples, settings.seed):
-            kept = [Row(**row) for row in known["rows"] if row["steps"] not in settings.steps]
+            made = {(row.method, row.steps) for row in rows}
+            kept = [
+                row
+                for row in (Row(**row) for row in known["rows"])
+                if (row.method, row.steps) not in made and (options.methods or row.steps not in settings.steps)
+            ]
             rows, commands = [*kept, *rows], [*(known["commands"] if kept else ()), *commands]
     text = as_markdown(rows, settings, commands)
     print(text)

@@ -158,6 +158,38 @@ def routed(name: str, ratio: float = 0.5, *, first: bool = False) -> nn.Module:
     return model
 
 
+@functools.cache
+def _reusing(name: str) -> nn.Module:
+    config = diffcr_compile.DiffCRConfig(skip="reuse")
+    return diffcr_compile.transform(plain(name), config, example_inputs=inputs(name))
+
+
+def reusing(name: str) -> nn.Module:
+    """The model with reuse and full context, half of the tokens skipped from the second step on: a new copy at each call."""
+    model = copy.deepcopy(_reusing(name))
+    diffcr_compile.set_ratios(model, 0.5)
+    return model
+
+
+STEPS = (0.9, 0.7, 0.5, 0.3)
+"""Of a trajectory, as shares of the range of training."""
+
+
+def follow(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The model's outputs along a trajectory, whose latents are the example inputs' at every step."""
+    outputs = []
+    for share in STEPS:
+        given = at_timestep(name, inputs(name), share)
+        if dtype is not None:
+            given = {key: _cast(value, dtype) if key != "timestep" else value for key, value in given.items()}
+        outputs.append(run(model, given))
+    return outputs
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def transform_first(model: nn.Module, name: str, ratio: float = 0.5) -> nn.Module:
     """Transform a model that was changed before, its first family of blocks only (each family costs an export)."""
     tiny = TINY[name]

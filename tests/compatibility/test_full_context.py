@@ -1,0 +1,120 @@
+"""The matrix for ``skip="reuse"`` with keys and values from all tokens: what changes a block's modules has its graph written anew,
+or is refused; what stands around its calls is let be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate
+import torch
+from models import relative_error
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+import diffcr_compile
+
+from .matrix import LARGE, TINY, assert_bits, at_timestep, follow, inputs, plain, refused, reusing, row, run
+
+ALLOWED = 1.5
+"""Times the error that quantisation makes of the dense model's outputs."""
+
+MERGED = 1e-4
+"""Of the largest value, float32: an adapter beside its layer, and merged into it."""
+
+
+def _half(name: str, model: nn.Module) -> None:
+    """Skipping goes on: the last step has half of the tokens computed, and fewer FLOPs than the dense one."""
+    with diffcr_compile.trace(model) as seen:
+        run(model, at_timestep(name, inputs(name), 0.2))
+    tokens = TINY[name].tokens
+    assert any(calls and calls[-1].shape[1] == tokens - tokens // 2 for calls in seen.kept.values())
+
+
+def _differ(first: list[Any], second: list[Any]) -> float:
+    return max(relative_error(one, other) for one, other in zip(first, second, strict=True))
+
+
+@row(12, "LoRA after transform: load, merge", slow=LARGE)
+def test_lora(name: str) -> None:
+    model, bare = reusing(name), follow(reusing(name), name)
+    torch.manual_seed(0)
+    adapters = LoraConfig(r=3, target_modules=list(TINY[name].targets), init_lora_weights=False)
+    inject_adapter_in_model(adapters, model)
+    model.eval()
+    beside = follow(model, name)
+    assert _differ(beside, bare) > 1e-3
+    _half(name, model)
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "merge"):
+            module.merge()
+    diffcr_compile.reset(model)
+    assert _differ(follow(model, name), beside) < MERGED
+    _half(name, model)
+
+
+def _quantised(name: str, config: Any) -> None:
+    """As far from the plain one as the dense model is, by each step's error; tokens take turns alike."""
+    model, dense = reusing(name), plain(name)
+    quantize_(model, config)
+    quantize_(dense, config)
+    allowed = ALLOWED * _differ(follow(dense, name), follow(plain(name), name))
+    assert 0 < _differ(follow(model, name), follow(reusing(name), name)) < allowed
+    _half(name, model)
+
+
+@row(12, "int8 weights after transform", slow=LARGE)
+def test_int8(name: str) -> None:
+    _quantised(name, Int8WeightOnlyConfig())
+
+
+@row(12, "int8 weights and activations after transform", slow=LARGE)
+def test_int8_dynamic(name: str) -> None:
+    _quantised(name, Int8DynamicActivationInt8WeightConfig())
+
+
+@row(12, "float8 weights after transform", slow=LARGE)
+def test_float8(name: str) -> None:
+    _quantised(name, Float8WeightOnlyConfig())
+
+
+@row(12, "bfloat16 after transform", slow=LARGE)
+def test_bfloat16(name: str) -> None:
+    model, dense = reusing(name).bfloat16(), plain(name).bfloat16()
+    allowed = ALLOWED * _differ(follow(dense, name, torch.bfloat16), follow(plain(name), name))
+    assert 0 < _differ(follow(model, name, torch.bfloat16), follow(reusing(name), name)) < allowed
+
+
+@row(12, "accelerate's hooks on blocks, after transform")
+def test_hooks_on_blocks(name: str) -> None:
+    model = reusing(name)
+    expected = follow(model, name)
+    diffcr_compile.reset(model)
+    hook = accelerate.hooks.AlignDevicesHook(execution_device=torch.device("cpu"), io_same_device=True)
+    for block in model.get_submodule(TINY[name].first.rstrip(".")):
+        accelerate.hooks.add_hook_to_module(block, hook)
+    for found, known in zip(follow(model, name), expected, strict=True):
+        assert_bits(found, known)
+    _half(name, model)
+
+
+@row(12, "layerwise casting to float8 storage, after transform")
+def test_layerwise_casting(name: str, record_property: Any) -> None:
+    model = reusing(name)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert "context='kept'" in refused(record_property, follow, model, name)
+
+
+@row(12, "lower, whole and by block, over a loop of four steps: as eagerly", slow=LARGE)
+def test_lowered(name: str) -> None:
+    """Their graphs, run by ATen: Inductor's code is tried with the default options above."""
+    expected = follow(reusing(name), name)
+    for scope in ("regional", "full"):
+        torch._dynamo.reset()
+        model = diffcr_compile.lower(reusing(name), scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+        assert _differ(follow(model, name), expected) < 1e-5
