@@ -62,8 +62,7 @@ def main() -> None:
     dense = generate(pipe, seed=0)
     with diffcr_compile.record(pipe.transformer) as batches:
         generate(pipe, seed=1)
-    # Keys and values from kept tokens: where text and image attend jointly, full context costs more than skipping saves.
-    config = DiffCRConfig(skip="reuse", context="kept")
+    config = DiffCRConfig(skip="reuse")  # keys and values of all tokens, those of skipped ones too
     diffcr_compile.transform(pipe.transformer, config, example_inputs=batches[0])
     report = diffcr_compile.calibrate(pipe.transformer, batches, budget=BUDGET)
     print(report)
