@@ -311,6 +311,18 @@ def test_full_context_costs_less_than_dense(name: str) -> None:
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.parametrize("scope", ["regional", "full"])
+def test_lowered_inside_a_pipeline(scope: Any) -> None:
+    """As eagerly, picture after picture; its graphs are run by ATen."""
+    torch._dynamo.reset()
+    name = "sd3"
+    expected = draw(name, reusing(name, 0.5))
+    model = diffcr_compile.lower(reusing(name, 0.5), scope=scope, backend="aot_eager")
+    for _ in range(2):
+        assert relative_error(draw(name, model), expected) < 1e-4
+    assert not torch.equal(expected, plain(name))
+
+
 @every
 def test_each_call_begins_a_new_trajectory(name: str) -> None:
     table = by_region(name)

@@ -44,6 +44,9 @@ class Line:
 LAWS = Line("laws of DESIGN.md, structures of a pool", ("tests/test_laws.py",), ("property cases",), structures=False)
 LINES = (
     Line("the same, wider models, mixed timesteps", (f"{RELIABILITY}/test_generated.py",), ("property cases",)),
+    Line(
+        "the laws with reuse, over trajectories", ("tests/test_reuse_laws.py",), ("property cases",), structures=False
+    ),
     Line("`save` killed (SIGKILL)", (f"{RELIABILITY}/test_kill.py",), ("kills",)),
     Line("`calibrate` killed, then gone on with", (CHECKPOINTS, "-k", "killed"), ("kills",)),
     Line("damaged routings, to `load`", (f"{RELIABILITY}/test_artefact_fuzz.py",), ("refused", "loaded")),

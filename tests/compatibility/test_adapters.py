@@ -11,6 +11,8 @@ from models import relative_error, routed_fqns, tensors_of, watch_blocks
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import (
@@ -185,6 +187,52 @@ def test_hot_swap(name: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_close(run(compiled, given), run(_merged(routed(name), second), given), MERGED)
     assert_keeps(name, model)
+
+
+@row(
+    4,
+    "LoRA of one's own, trained by calibrate: saved, loaded elsewhere with the routing, fused, unfused, hot-swapped",
+    without=_NO_LOADER,
+    slow=LARGE,
+)
+def test_trained_lora(name: str, tmp_path: Path) -> None:
+    model, given = routed(name, 0.0), inputs(name)
+    weights = {key: value for key, value in model.state_dict().items() if "router" not in key}
+    model.add_adapter(_config(name))
+    config = diffcr_compile.CalibrationConfig(steps=4, learning_rate=3e-2, warm_start=False)
+    report = diffcr_compile.calibrate(model, [given, inputs(name)], budget=0.8, config=config)
+    assert report.share <= 0.8
+    trained = [bool(layer.lora_B["default"].weight.any()) for layer in _adapters(model).values()]
+    assert sum(trained) > len(trained) // 2  # the last block's text is no output's business
+    after = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(after[key], value) for key, value in weights.items())
+    expected = run(model.eval(), given)
+    model.save_lora_adapter(tmp_path / "adapter")
+    diffcr_compile.save(model, tmp_path / "routing")
+    other = plain(name)
+    diffcr_compile.load(other, tmp_path / "routing")
+    assert not torch.allclose(run(other, given), expected, rtol=1e-3)
+    file = {
+        "prefix": None,
+        "adapter_name": "ours",
+        "weight_name": "pytorch_lora_weights.safetensors",
+        "use_safetensors": True,
+    }
+    other.load_lora_adapter(tmp_path / "adapter", **file)
+    assert_close(run(other, given), expected, MERGED)
+    other.fuse_lora()
+    assert_close(run(other, given), expected, MERGED)
+    other.unfuse_lora()
+    assert_close(run(other, given), expected, MERGED)
+    with safe_open(tmp_path / "adapter" / file["weight_name"], framework="pt") as saved:
+        second = {key: 2 * saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+        (tmp_path / "second").mkdir()
+        save_file(second, tmp_path / "second" / file["weight_name"], metadata=saved.metadata())
+    other.load_lora_adapter(tmp_path / "second", **file, hotswap=True)
+    swapped = run(other, given)
+    assert not torch.allclose(swapped, expected, rtol=1e-3)
+    assert torch.equal(diffcr_compile.ratios(other), report.table)
+    assert diffcr_compile.cost(other, given).share == report.share
 
 
 # Row 5

@@ -20,8 +20,19 @@ from torchao.quantization import (
 )
 
 import diffcr_compile
-
-from .matrix import LARGE, TINY, assert_bits, at_timestep, follow, inputs, plain, refused, reusing, row, run
+from compatibility.matrix import (
+    LARGE,
+    TINY,
+    assert_bits,
+    at_timestep,
+    follow,
+    inputs,
+    plain,
+    refused,
+    reusing,
+    row,
+    run,
+)
 
 ALLOWED = 1.5
 """Times the error that quantisation makes of the dense model's outputs."""
@@ -30,10 +41,10 @@ MERGED = 1e-4
 """Of the largest value, float32: an adapter beside its layer, and merged into it."""
 
 
-def _writes_graphs_of(name: str) -> None:
-    """Of every family anew: for Wan that takes a minute."""
-    if name == "wan" and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
-        pytest.skip("takes a minute: run with HYPOTHESIS_PROFILE=nightly")
+def _writes_graphs_of(name: str, slow: tuple[str, ...] = ("wan",)) -> None:
+    """Of every family anew, which takes a minute for Wan."""
+    if name in slow and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+        pytest.skip("takes up to a minute: run with HYPOTHESIS_PROFILE=nightly")
 
 
 def _half(name: str, model: nn.Module) -> None:
@@ -67,9 +78,9 @@ def test_lora(name: str) -> None:
     _half(name, model)
 
 
-def _quantised(name: str, config: Any) -> None:
+def _quantised(name: str, config: Any, slow: tuple[str, ...] = LARGE) -> None:
     """As far from the plain one as the dense model is, by each step's error; tokens take turns alike."""
-    _writes_graphs_of(name)
+    _writes_graphs_of(name, slow)
     model, dense = reusing(name), plain(name)
     quantize_(model, config)
     quantize_(dense, config)
@@ -80,7 +91,7 @@ def _quantised(name: str, config: Any) -> None:
 
 @row(12, "int8 weights after transform", slow=LARGE)
 def test_int8(name: str) -> None:
-    _quantised(name, Int8WeightOnlyConfig())
+    _quantised(name, Int8WeightOnlyConfig(), slow=("wan",))
 
 
 @row(12, "int8 weights and activations after transform", slow=LARGE)
