@@ -1,6 +1,6 @@
 """Run as a script by ``test_determinism.py``: builds, transforms, runs; prints, as JSON, a digest of the outputs of each case.
 
-Every case is made from nothing, and run twice: eagerly, with and without reuse, and lowered.
+Every case is made from nothing, and run twice: eagerly, with and without reuse, lowered, and on two threads.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def main() -> None:
     found = {name: digests(make(options, rows)) for name, options in OPTIONS.items()}
     found["dense"] = digests(make({}, 0.0))
     found["lowered"] = digests(diffcr_compile.lower(make({}, [[0.3]] * 4, SMALL), scope="full"))
+    reusing = make(OPTIONS["reuse"], [[0.4]] * 4, SMALL)
+    found["lowered, reuse"] = digests(diffcr_compile.lower(reusing, scope="regional"))
+    torch.set_num_threads(2)
+    found["two threads"] = digests(make(OPTIONS["reuse"], rows[::-1]))
     print(json.dumps(found))
 
 

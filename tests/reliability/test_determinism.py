@@ -36,7 +36,7 @@ def test_two_runs_give_the_same_bits(processes: list[dict[str, list[str]]]) -> N
         assert first == second
 
 
-@pytest.mark.parametrize("case", ["dense", "identity", "reuse", "lowered"])
+@pytest.mark.parametrize("case", ["dense", "identity", "reuse", "lowered", "lowered, reuse", "two threads"])
 def test_two_processes_give_the_same_bits(processes: list[dict[str, list[str]]], case: str) -> None:
     first, second = processes
     assert first[case] == second[case]
