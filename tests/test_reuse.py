@@ -30,6 +30,7 @@ import diffcr_compile
 from diffcr_compile import DiffCRConfig
 from diffcr_compile import routed as runtime
 from diffcr_compile.lower import Lowered
+from diffcr_compile.routed import routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
 
@@ -205,6 +206,28 @@ def test_lowered_equals_eager(scope: str, shape: Shape, context: str) -> None:
     for _ in range(2):
         pairs = list(zip(sample(model, shape), sample(eager, shape), strict=True))
         assert all(relative_error(a, b) < TOLERANCE for a, b in pairs)
+
+
+@every_token
+def test_what_a_graph_of_the_model_writes_into_stays_in_place(context: str) -> None:
+    """And is marked so: torch records no CUDA graph that changes an input of another kind."""
+    torch._dynamo.reset()
+    eager = sample(transformed_to_half(context))
+    model = diffcr_compile.lower(transformed_to_half(context), scope="full", backend="aot_eager")
+    places = []
+    for _ in range(2):
+        assert all(relative_error(a, b) < TOLERANCE for a, b in zip(sample(model), eager, strict=True))
+        memories = routing_of(model).current.trajectory.memories.values()
+        written = [t for memory in memories for t in (*memory.updates, memory.times, memory.age, *memory.context)]
+        places.append([tensor.data_ptr() for tensor in written])
+    assert places[0] == places[1]
+    assert {tensor._dynamo_static_input_type for tensor in written} == {"unguarded"}  # type: ignore[attr-defined]
+
+
+def transformed_to_half(context: str) -> TinyDiT:
+    model = transformed(skip="reuse", context=context)
+    diffcr_compile.set_ratios(model, 0.5)
+    return model
 
 
 @pytest.mark.parametrize("scope", ["regional", "full"])

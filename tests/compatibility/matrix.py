@@ -175,11 +175,12 @@ STEPS = (0.9, 0.7, 0.5, 0.3)
 """Of a trajectory, as shares of the range of training."""
 
 
-def follow(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+def follow(model: nn.Module, name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> list[Tensor]:
     """The model's outputs along a trajectory, whose latents are the example inputs' at every step."""
     outputs = []
     for share in STEPS:
         given = at_timestep(name, inputs(name), share)
+        given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
         if dtype is not None:
             given = {key: _cast(value, dtype) if key != "timestep" else value for key, value in given.items()}
         outputs.append(run(model, given))

@@ -18,8 +18,10 @@ from compatibility.matrix import (
     assert_close,
     assert_keeps,
     at_timestep,
+    follow,
     inputs,
     plain,
+    reusing,
     routed,
     row,
     run,
@@ -156,6 +158,20 @@ def test_cuda_graphs(name: str) -> None:
                 for key, value in at_timestep(name, inputs(name), step).items()
             }
             assert_close(run(model, given), run(eager, given), 1e-4)
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@row(12, "lower with CUDA graphs over two loops of four steps")
+def test_cuda_graphs_with_reuse(name: str) -> None:
+    """What blocks remember is written in place: torch skips no graph for it."""
+    expected = [*follow(reusing(name).cuda(), name, device="cuda")] * 2
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    model = diffcr_compile.lower(reusing(name).cuda(), mode="reduce-overhead")
+    found = [*follow(model, name, device="cuda"), *follow(model, name, device="cuda")]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-4)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
 
 
 # Row 3
