@@ -414,7 +414,7 @@ def test_damaged_json_is_refused(copied: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("type", "diffcr_compile.routing", "expected 'diffcr_compile.calibration', at most 1"),
+        ("type", "diffcr_compile.routing", "expected 'diffcr_compile.calibration', version 2"),
         ("version", 1, "version 1; expected"),
         ("version", 3, "version 3; expected"),
         ("version", "1", "version '1'; expected"),
