@@ -447,8 +447,8 @@ def verdict(rows: list[Row]) -> list[str]:
         "",
         "## Against the best rival",
         "",
-        "Ratio: ours moved over the rival's, and in brackets that of the medians; below one is ahead. The rival is that of the lowest "
-        "mean; those that computed everything are left out. Times are of single eager samplings of small models, and noisy.",
+        "Ratio: ours moved over the rival's, and in brackets that of the medians; below one is ahead. The rival is that of the "
+        "lowest mean; those that computed everything are left out. Times are of single eager samplings of small models, and noisy.",
         "",
         "| steps | budget | ours moved | no more FLOPs | moved | ratio | no more time | moved | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
