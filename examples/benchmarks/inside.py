@@ -450,11 +450,12 @@ def verdict(rows: list[Row]) -> list[str]:
         "Ratio: ours moved over the rival's, and in brackets that of the medians; below one is ahead. The rival is that of the "
         "lowest mean; those that computed everything are left out. Times are of single eager samplings of small models, and noisy.",
         "",
-        "| steps | budget | ours moved | no more FLOPs | moved | ratio | no more time | moved | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| steps | budget | ours | share | moved | no more FLOPs | moved | ratio | no more time | moved | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rivals = [row for row in rows if is_rival(row) and row.share < 1 - SLACK]
-    for ours in sorted((row for row in rows if row.method == OURS), key=lambda row: (-row.steps, -row.budget)):
+    own = (row for row in rows if row.method in (OURS, TRAINED))
+    for ours in sorted(own, key=lambda row: (-row.steps, -row.budget, row.method == TRAINED)):
         cells = []
         for limit, most in (("share", ours.share + SLACK), ("seconds", ours.seconds)):
             others = [row for row in rivals if row.steps == ours.steps and getattr(row, limit) <= most]
@@ -464,7 +465,9 @@ def verdict(rows: list[Row]) -> list[str]:
                 continue
             ratio, medians = ours.moved / max(best.moved, 1e-12), ours.median / max(best.median, 1e-12)
             cells += [best.method, f"{best.moved:.2g}", f"{ratio:.2g} ({medians:.2g})"]
-        lines.append(f"| {ours.steps} | {ours.budget:.2f} | {ours.moved:.2g} | {' | '.join(cells)} |")
+        kind = "bypass, trained" if ours.method == TRAINED else "training-free"
+        known = f"{ours.steps} | {ours.budget:.2f} | {kind} | {ours.share:.2f} | {ours.moved:.2g}"
+        lines.append(f"| {known} | {' | '.join(cells)} |")
     return lines
 
 
