@@ -31,7 +31,9 @@ class Memory(NamedTuple):
     of those updates, float32 (H, B, N). age: forwards since a token was last kept, float32 (B, N). rank: order in which tokens of
     the same age are kept, float32 (N,) in [0, 1). now: the timestep, float32 (1,) or (B,). degree: of the polynomial that is
     followed, float32 () from 0 (the last update is repeated) to H - 1, between two degrees a mix of both. context: with stale
-    context, keys and values of all tokens as their attention takes them."""
+    context, keys and values of all tokens as their attention takes them. beside: updates of the streams that are not routed (text
+    beside the picture), newest first, (H, ...) in the stream's own shape, for when the block is skipped whole; beside_times:
+    timesteps of those, float32 (H, B), or (H, 0) where there are none."""
 
     updates: tuple[Tensor, ...]
     times: Tensor
@@ -39,12 +41,15 @@ class Memory(NamedTuple):
     rank: Tensor
     now: Tensor
     degree: Tensor
+    beside_times: Tensor
     context: tuple[Tensor, ...] = ()
+    beside: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Memory in bytes."""
-        return sum(tensor.nbytes for tensor in (*self.updates, self.times, self.age, *self.context))
+        held = (*self.updates, self.times, self.age, *self.context, *self.beside, self.beside_times)
+        return sum(tensor.nbytes for tensor in held)
 
 
 def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, now: Tensor) -> Memory:
@@ -62,7 +67,11 @@ def allocate(plan: BlockPlan, values: list[Any], config: DiffCRConfig, now: Tens
     rank = torch.zeros(num_tokens, dtype=torch.float32, device=stream.device)
     degree = torch.tensor(float(config.extrapolation), dtype=torch.float32, device=stream.device)
     context = tuple(stream.new_zeros(shape, dtype=dtype) for shape in _context_shapes(plan, values))
-    return Memory(tuple(updates), times, age, rank, now, degree, context)
+    beside = tuple(
+        stream.new_zeros((num_updates, *values[source].shape), dtype=dtype) for source in plan.beside.values()
+    )
+    beside_times = times.new_zeros(num_updates, batch if beside else 0)
+    return Memory(tuple(updates), times, age, rank, now, degree, beside_times, context, beside)
 
 
 def _context_shapes(plan: BlockPlan, values: list[Any]) -> list[tuple[int, ...]]:
@@ -94,7 +103,9 @@ def fits(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfi
     held = memory.updates[0]
     shape = (stream.shape[plan.batch_axis], stream.shape[plan.token_axis])
     shapes = [tuple(memory.age.shape), *(tuple(held.shape) for held in memory.context)]
-    return shapes == [shape, *_context_shapes(plan, values)] and (held.dtype, held.device) == (
+    shapes += [tuple(held.shape[1:]) for held in memory.beside]
+    beside = [tuple(values[source].shape) for source in plan.beside.values()]
+    return shapes == [shape, *_context_shapes(plan, values), *beside] and (held.dtype, held.device) == (
         _memory_dtype(config, stream),
         stream.device,
     )
@@ -131,6 +142,18 @@ def resume_tokens(x: Tensor, memory: Memory, index: int, token_axis: int, batch_
             if weight is None
             else result + lay_along(weight, x, token_axis, batch_axis).to(x.dtype) * update
         )
+    return result
+
+
+def resume_beside(x: Tensor, memory: Memory, index: int, batch_axis: int) -> Tensor:
+    """``x`` plus what the memory foretells of the update of a stream that is not routed, the ``index``-th of those."""
+    result = x
+    weights = _weights(memory.beside_times, memory.now, memory.degree)
+    for update, weight in zip(memory.beside[index], weights, strict=True):
+        if weight is not None:
+            shape = [-1 if axis == batch_axis else 1 for axis in range(x.ndim)]
+            update = weight.view(shape).to(x.dtype) * update.to(x.dtype)
+        result = result + update.to(x.dtype)
     return result
 
 
@@ -204,6 +227,18 @@ def remember_all(memory: Memory, updates: list[Tensor], axes: list[tuple[int, in
         times[later].copy_(memory.now.unsqueeze(-1).expand(times[0].shape) if first else times[later - 1])
     times[0].copy_(memory.now.unsqueeze(-1).expand(times[0].shape))
     memory.age.zero_()
+
+
+@torch.no_grad()
+def remember_beside(memory: Memory, updates: list[Tensor], *, first: bool = False) -> None:
+    """Note the updates of the streams that are not routed, after a call that was not skipped; ``first``: of a trajectory."""
+    if not updates:
+        return
+    now = memory.now.expand(memory.beside_times.shape[1])
+    for held, latest in (*zip(memory.beside, updates, strict=True), (memory.beside_times, now)):
+        for later in range(len(held) - 1, 0, -1):
+            held[later].copy_(latest.detach() if first else held[later - 1])
+        held[0].copy_(latest.detach())
 
 
 @torch.no_grad()

@@ -109,6 +109,18 @@ class BlockPlan:
         return all(output.source is not None or (output.added and output.dims[:-1] == shape) for output in self.outputs)
 
     @property
+    def beside(self) -> dict[int, int]:
+        """Of the outputs that are not routed, where a ratio of one may skip the block: by their number that of the leaf that each
+        is joined to. With reuse their updates are remembered too."""
+        if not self.can_skip_block:
+            return {}
+        return {
+            index: output.source
+            for index, output in enumerate(self.outputs)
+            if not output.routed and output.source is not None
+        }
+
+    @property
     def is_branch(self) -> bool:
         """Whether the caller adds what the module returns."""
         return self.outputs[self.routed_output].added

@@ -24,7 +24,7 @@ from .config import DiffCRConfig
 from .context import MOST_GRAPHS, ContextGraph, ContextKey, Parts, are_in_place, context_key, open_settings, parts_of
 from .eager import in_a_graph
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
-from .memory import Memory, blank, remember_all, remember_all_context, resume_tokens
+from .memory import Memory, blank, remember_all, remember_all_context, remember_beside, resume_beside, resume_tokens
 from .plan import BlockPlan, ModelPlan
 from .primitives import OneByOne
 from .ratios import capacity, nearest_bin
@@ -126,8 +126,11 @@ class Program:
     def fallback(self, index: int, values: Sequence[Any], memory: Memory | None = None) -> Tensor:
         """What output ``index`` is where a token, or the whole block, is skipped."""
         output, before = self.plan.outputs[index], self.before(index, values)
-        if memory is None or not output.routed:
+        if memory is None:
             return before
+        if not output.routed:
+            beside = list(self.plan.beside)
+            return resume_beside(before, memory, beside.index(index), output.batch_axis) if index in beside else before
         routed = sum(other.routed for other in self.plan.outputs[:index])
         return resume_tokens(before, memory, routed, output.dims.index("N"), output.batch_axis)
 
@@ -730,7 +733,7 @@ def _run_dense(
         return routing.base(module, *args, **kwargs)
     plan, (memory, empty) = program.plan, recalled
     routed = [index for index, output in enumerate(plan.outputs) if output.routed]
-    before = [program.before(index, values) for index in routed]
+    before = [program.before(index, values) for index in (*routed, *plan.beside)]
     if plan.in_place:
         before = [tensor.clone() for tensor in before]
     if plan.states:
@@ -741,9 +744,10 @@ def _run_dense(
     else:
         output = routing.base(module, *args, **kwargs)
         tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
-    updates = [tensors[index] - start for index, start in zip(routed, before, strict=True)]
+    updates = [tensors[index] - start for index, start in zip((*routed, *plan.beside), before, strict=True)]
+    remember_beside(memory, updates[len(routed) :], first=empty)
     axes = [(plan.outputs[index].dims.index("N"), plan.outputs[index].batch_axis) for index in routed]
-    remember_all(memory, updates, axes, first=empty)
+    remember_all(memory, updates[: len(routed)], axes, first=empty)
     return output
 
 

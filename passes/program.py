@@ -86,6 +86,12 @@ class _Writer:
             places = [(output.dims.index("N"), output.batch_axis) for output in plan.outputs if output.routed]
             self._call("remembered", memory.remember_tokens, self.memory, self.kept, self.updates, places)
             self._remember_context(results)
+            beside = [
+                self._call(f"update_{index}", operator.sub, outputs[index], self.leaves[source])
+                for index, source in plan.beside.items()
+            ]
+            if beside:
+                self._call("remembered_beside", memory.remember_beside, self.memory, beside)
         self.graph.output((tuple(outputs), self.kept))
         self.graph.lint()
         return self.graph

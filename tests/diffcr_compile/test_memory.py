@@ -23,6 +23,7 @@ def empty(degree: int) -> Memory:
         rank,
         torch.zeros(1),
         torch.tensor(float(degree)),
+        torch.zeros(degree + 1, 0),
     )
 
 
