@@ -423,11 +423,12 @@ def main() -> None:
     parser.add_argument(
         "--model", choices=["digits", "photos", "captions"], default="digits", help="module of examples/"
     )
+    parser.add_argument("--record", help="name of the files that are written; quality, or quality_MODEL, if not given")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of quality.json and quality.md")
     options = parser.parse_args()
     global example
     example = importlib.import_module(options.model)
-    name = "quality" if options.model == "digits" else f"quality_{options.model}"
+    name = options.record or ("quality" if options.model == "digits" else f"quality_{options.model}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="the routers are untrained")
     settings = Settings(options.training_steps, options.samples)
