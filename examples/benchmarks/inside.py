@@ -22,6 +22,7 @@ import argparse
 import importlib
 import json
 import shlex
+import statistics
 import sys
 import time
 import types
@@ -471,6 +472,33 @@ def verdict(rows: list[Row]) -> list[str]:
     return lines
 
 
+def ranking(rows: list[Row]) -> list[str]:
+    """Of combinations with one ratio for all: how many times what the best of them moved, the geometric mean over the cells."""
+    cells: dict[tuple[int, float], dict[str, float]] = {}
+    for row in rows:
+        if row.method in OPTIONS and row.method != BYPASS:
+            cells.setdefault((row.steps, row.budget), {})[row.method] = row.moved
+    times: dict[str, list[float]] = {}
+    for cell in cells.values():
+        for method, moved in cell.items():
+            times.setdefault(method, []).append(moved / min(cell.values()))
+    means = {method: statistics.geometric_mean(ratios) for method, ratios in times.items()}
+    lines = [
+        "",
+        "## Which combination",
+        "",
+        f"One ratio for all blocks and steps; over {len(cells)} cells (steps, budgets) the geometric mean of how many times as much "
+        "as the best combination each moved. The default is in bold.",
+        "",
+        "| combination | times the best |",
+        "|---|---|",
+    ]
+    for method, mean in sorted(means.items(), key=lambda item: item[1]):
+        bold = "**" if method == DEFAULT else ""
+        lines.append(f"| {bold}{method}{bold} | {mean:.1f} |")
+    return lines
+
+
 def as_markdown(rows: list[Row], settings: Settings, commands: list[str]) -> str:
     """One table for each number of steps."""
     lines = [
@@ -482,7 +510,7 @@ def as_markdown(rows: list[Row], settings: Settings, commands: list[str]) -> str
         "one that changes its mind outweighs all others in the mean. Share: FLOPs over the dense "
         "sampling's, first dense step included. Time: eager, over a dense sampling taken right after it.",
     ]
-    lines += verdict(rows)
+    lines += verdict(rows) + ranking(rows)
     for steps in sorted({row.steps for row in rows}, reverse=True):
         lines += [
             "",
