@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").disabled = True  # thousands of records for a test that fails
@@ -31,8 +31,9 @@ def _import_package() -> None:
 _import_package()
 _torchvision = importlib.import_module("torchvision_operators").define()
 
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
-settings.register_profile("nightly", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_CASES", "300")))
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
+settings.register_profile("ci", _PATIENT, derandomize=True, max_examples=20)
+settings.register_profile("nightly", _PATIENT, max_examples=int(os.environ.get("HYPOTHESIS_CASES", "300")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

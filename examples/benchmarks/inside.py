@@ -487,8 +487,8 @@ def ranking(rows: list[Row]) -> list[str]:
         "",
         "## Which combination",
         "",
-        f"One ratio for all blocks and steps; over {len(cells)} cells (steps, budgets) the geometric mean of how many times as much "
-        "as the best combination each moved. The default is in bold.",
+        f"One ratio for all blocks and steps; over {len(cells)} cells (steps, budgets) the geometric mean of how many times as "
+        "much as the best combination each moved. The default is in bold.",
         "",
         "| combination | times the best |",
         "|---|---|",
