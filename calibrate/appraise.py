@@ -145,7 +145,7 @@ def _brightness(given: Batch) -> Tensor:
     where they are packed."""
     latents = [leaf for _, leaf in iterate_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
     if not latents or not latents[0].dtype.is_floating_point:
-        return torch.zeros(0, device="cpu")
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     picture = latents[0][0].detach().float().cpu().mean(dim=0)
     picture = picture[len(picture) // 2] if picture.ndim == 3 else picture
     height, width = (min(side, MOST_PIXELS) for side in picture.shape)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Shape, original, tiny_inputs
+from models import Shape, original, relative_error, tiny_inputs
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig
@@ -174,16 +174,24 @@ def test_a_table_is_found_where_skipping_few_tokens_costs_more() -> None:
     assert diffcr_compile.calibrate(model, batches, budget=0.7).share <= 0.7
 
 
-def test_full_context_of_blocks_quantised_later_is_refused() -> None:
-    """Their graph takes quantised weights apart, and can't share them with the modules."""
+def test_blocks_quantised_later_keep_full_context() -> None:
+    """Their graph, written anew, finds the plain tensors of quantised weights on the modules."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     shape = Shape("plain")
     model = diffcr_compile.transform(original(shape), DiffCRConfig(skip="reuse"), example_inputs=tiny_inputs(shape))
     diffcr_compile.set_ratios(model, 0.5)
-    quantize_(model, Int8WeightOnlyConfig())
-    with pytest.raises(diffcr_compile.UnsupportedError, match="use context='kept'"), torch.no_grad():
-        model(**tiny_inputs(shape, timestep=900.0))
+    plain = original(shape)
+    steps = [tiny_inputs(shape, timestep=timestep) for timestep in (900.0, 600.0, 300.0)]
+    with torch.no_grad():
+        before, dense = [model(**inputs) for inputs in steps], [plain(**inputs) for inputs in steps]
+        for one in (model, plain):
+            quantize_(one, Int8WeightOnlyConfig())
+        after, quantised = [model(**inputs) for inputs in steps], [plain(**inputs) for inputs in steps]
+    assert torch.equal(after[0], quantised[0])
+    assert not torch.equal(after[2], quantised[2])
+    for found, known, moved, still in zip(after, before, quantised, dense, strict=True):
+        assert 0 < relative_error(found, known) < 1.5 * relative_error(moved, still)
 
 
 def test_torchs_own_encoder_layers_are_routed() -> None:

@@ -166,7 +166,7 @@ _DEVICE = {
     "eye",
 }
 _DTYPE = _DEVICE - {"randint", "randperm", "arange", "tensor"}
-_IN_A_CONTEXT = {"verify.py": "runs on the CPU", "trajectory.py": "runs on the CPU", "example_inputs.py": "given"}
+_IN_A_CONTEXT = {"verify.py": "runs on the CPU", "layout.py": "runs on the CPU", "example_inputs.py": "given"}
 
 
 @pytest.mark.parametrize("folder", ["diffcr_compile", "passes", "calibrate"])
