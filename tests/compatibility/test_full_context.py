@@ -41,9 +41,9 @@ MERGED = 1e-4
 """Of the largest value, float32: an adapter beside its layer, and merged into it."""
 
 
-def _writes_graphs_of(name: str, slow: tuple[str, ...] = ("wan",)) -> None:
-    """Of every family anew, which takes a minute for Wan."""
-    if name in slow and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+def _writes_graphs_of(name: str) -> None:
+    """Of every family anew, which takes up to a minute for the larger ones."""
+    if name in LARGE and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
         pytest.skip("takes up to a minute: run with HYPOTHESIS_PROFILE=nightly")
 
 
@@ -78,9 +78,9 @@ def test_lora(name: str) -> None:
     _half(name, model)
 
 
-def _quantised(name: str, config: Any, slow: tuple[str, ...] = LARGE) -> None:
+def _quantised(name: str, config: Any) -> None:
     """As far from the plain one as the dense model is, by each step's error; tokens take turns alike."""
-    _writes_graphs_of(name, slow)
+    _writes_graphs_of(name)
     model, dense = reusing(name), plain(name)
     quantize_(model, config)
     quantize_(dense, config)
@@ -91,7 +91,7 @@ def _quantised(name: str, config: Any, slow: tuple[str, ...] = LARGE) -> None:
 
 @row(12, "int8 weights after transform", slow=LARGE)
 def test_int8(name: str) -> None:
-    _quantised(name, Int8WeightOnlyConfig(), slow=("wan",))
+    _quantised(name, Int8WeightOnlyConfig())
 
 
 @row(12, "int8 weights and activations after transform", slow=LARGE)
