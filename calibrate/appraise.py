@@ -10,9 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..arguments import bind_arguments, iterate_leaves, positional_names
+from ..arguments import bind_arguments, positional_names
 from ..errors import UnsupportedError
-from ..layout import grids_of_call, token_grid
+from ..layout import grids_of_call, latents_of_call, token_grid
 from ..observe import trace
 from ..region import group_samples, pick_samples, pin_region, regions_of_call, timestep_value
 from ..routed import ModelRouting
@@ -143,10 +143,10 @@ def _largest(value: Tensor | float) -> float:
 def _brightness(given: Batch) -> Tensor:
     """The first sample's latents (height, width) in [0, 1], the mean over their channels, at most ``MOST_PIXELS`` to a side; none
     where they are packed."""
-    latents = [leaf for _, leaf in iterate_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim in (4, 5)]
-    if not latents or not latents[0].dtype.is_floating_point:
+    latents = latents_of_call(given)
+    if latents is None:
         return torch.zeros(0, dtype=torch.float32, device="cpu")
-    picture = latents[0][0].detach().float().cpu().mean(dim=0)
+    picture = latents[0].detach().float().cpu().mean(dim=0)
     picture = picture[len(picture) // 2] if picture.ndim == 3 else picture
     height, width = (min(side, MOST_PIXELS) for side in picture.shape)
     picture = torch.nn.functional.adaptive_avg_pool2d(picture[None], (height, width))[0]

@@ -26,9 +26,8 @@ class BudgetedRatios:
 
     Few steps see each region, and a region's gradient is mostly noise then: followed alone it scatters what is skipped over blocks
     that differ from region to region, to which the weights do not adapt in time. So regions share a gradient, and each keeps of
-    what its own has beyond it the part that is no noise by its variance (James and Stein 1961). Digits DiT, 80 steps of
-    batch 8 at 0.8 of the FLOPs: squared error of the outputs 0.0006 in place of 0.0029 (one ratio a layer: 0.0005); 300 steps at
-    0.65: 0.0055 (one ratio a layer: 0.0080).
+    what its own has beyond it the part that is no noise by its variance (James and Stein 1961). What such tables
+    are worth beside one ratio a layer: examples/benchmarks/quality.md, quality_longer.md.
     """
 
     def __init__(self, masters: Tensor, costs: CostModel, learning_rate: float) -> None:

@@ -25,11 +25,18 @@ def grids_of_call(bound: dict[str, Any]) -> Grids:
     """
     leaves = list(iterate_leaves(bound))
     tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
-    latents = [tensor for tensor in tensors if tensor.ndim in (4, 5)]
-    if latents:
-        return (tuple(latents[0].shape[2:]),) if latents[0].dtype.is_floating_point else ()
+    latents = latents_of_call(bound)
+    if latents is not None:
+        return (tuple(latents.shape[2:]),)
     found = (*(_grid_of_positions(tensor) for tensor in tensors), *_grids_of_numbers(leaves))
     return tuple(dict.fromkeys(grid for grid in found if grid is not None))
+
+
+def latents_of_call(bound: dict[str, Any]) -> Tensor | None:
+    """Latents with axes of their own (B, C, H, W) or (B, C, F, H, W), if a bound call of the root holds such."""
+    tensors = (leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor))
+    latents = next((tensor for tensor in tensors if tensor.ndim in (4, 5)), None)
+    return latents if latents is not None and latents.dtype.is_floating_point else None
 
 
 def _grid_of_positions(table: Tensor) -> tuple[int, ...] | None:

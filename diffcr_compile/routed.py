@@ -694,10 +694,10 @@ def _block(
         block: Callable[..., Any] = functools.partial(routing.base, module)
     else:
         block = (context or _context_of(routing, program, values)).bind(module)
-    return OneByOne(block) if program.plan.lift == "vmap" and _has_quantised_weights(module) else block
+    return OneByOne(block) if program.plan.lift == "vmap" and has_quantised_weights(module) else block
 
 
-def _has_quantised_weights(module: nn.Module) -> bool:
+def has_quantised_weights(module: nn.Module) -> bool:
     """Whether some parameter is a tensor of a class of its own, whose kernels need not go through ``torch.vmap``: of torchao's,
     float8 products raise there, and int8 ones are wrong where they are compiled.
 

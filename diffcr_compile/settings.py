@@ -42,7 +42,11 @@ class Same:
     """Equal to another of the same object alone, while that lives: its number (``id``) goes to another object then."""
 
     def __init__(self, value: Any) -> None:
-        self._value, self._number = weakref.ref(value), id(value)
+        try:
+            self._value: Any = weakref.ref(value)
+        except TypeError:  # of a class that has no room for weak references
+            self._value = lambda: value
+        self._number = id(value)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Same) and self._value() is other._value() is not None)

@@ -71,7 +71,7 @@ class Trajectory:
             self.slot += 1
             if self._num_steps == 1:
                 self._given[self.slot] = _references(given)
-            if self._differs(look):
+            if self._differs(self.slot, look):
                 self._forget(self.slot)
         elif self._continues(direction) and not self._is_another(given, look):
             self._direction, self.slot = direction, 0
@@ -116,7 +116,7 @@ class Trajectory:
         After a single step, where nothing is known yet to stay the same: if it was given more of the tensors that another call of
         that step was (which then began this picture, after a call of some other at the same timestep).
         """
-        if self._crowded or self._differs(look, 0):
+        if self._crowded or self._differs(0, look):
             return True
         if self._num_steps > 1:
             return any(path in given and each() is not given[path] for path, each in self._given[0].items())
@@ -126,9 +126,9 @@ class Trajectory:
         }
         return max(shared.values()) > shared[0]
 
-    def _differs(self, look: dict[Path, Any], slot: int | None = None) -> bool:
+    def _differs(self, slot: int, look: dict[Path, Any]) -> bool:
         """Whether a tensor is of another shape, dtype or device than that in its place in the last call of the slot."""
-        known = self._looks.get(self.slot if slot is None else slot, {})
+        known = self._looks.get(slot, {})
         return any(known.get(path, seen) != seen for path, seen in look.items())
 
     def _continues(self, direction: int) -> bool:

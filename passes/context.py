@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from ..arguments import map_leaves
 from ..context import ContextGraph, open_settings
 from ..defaults import as_written
 from ..plan import BlockPlan, StatePlan
+from ..routed import has_quantised_weights
 from .analysis import Call, Refused, TensorInfo, describe, log
 from .block import BlockAnalysis
 from .export import duplicate, export_block, guards_of
@@ -106,14 +107,14 @@ def rebuild_context(
     with unset_fake_temporarily():
         leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
         block = _read(module, fqn, plan, leaves, config)
-        proved = proved or block.leaves != plan.leaves
+        proved = proved or [leaf.batch_axis for leaf in block.leaves] != [leaf.batch_axis for leaf in plan.leaves]
         block = replace(block, leaves=plan.leaves)
         graph, states = write_context(block)
         if list(map(_fixed_sizes, states)) != list(map(_fixed_sizes, plan.states)):
             raise Refused("its keys and values have other shapes than those that are remembered")
         parts = [part for part in module.modules() if part is not module]
-        quantised = any(hasattr(type(parameter), "__tensor_flatten__") for parameter in module.parameters())
-        if proved and not quantised and not any(part.training or "forward" in vars(part) for part in parts):
+        fixed = has_quantised_weights(module) or any(part.training or "forward" in vars(part) for part in parts)
+        if proved and not fixed:
             _prove_rewritten(duplicate(block), fqn, plan, leaves, config)
     return graph
 
@@ -178,18 +179,15 @@ def write_context(block: BlockAnalysis) -> tuple[ContextGraph, tuple[StatePlan, 
     return _Writer(block, program).write()
 
 
-def _attribute_of(module: nn.Module, name: str) -> str:
-    """Where a parameter or buffer of an exported program is found on its module. Decomposition numbers the plain tensors of a
-    quantised one: each is found by the attribute that holds it."""
-    known = {known for known, _ in (*module.named_parameters(), *module.named_buffers())}
-    if name in known:
-        return name
+def _part_of(module: nn.Module, name: str, known: Collection[str]) -> str:
+    """Where a plain tensor of a quantised parameter, which decomposition names by its number, is found on the module: by the
+    attribute of the parameter that holds it."""
     owner, _, rest = name.rpartition(".parametrizations.")
     attribute, _, number = rest.rpartition(".original")
-    whole = f"{owner}.{attribute}" if owner else attribute
-    if whole not in known or not number.isdecimal():
+    parameter = f"{owner}.{attribute}" if owner else attribute
+    if parameter not in known or not number.isdecimal():
         raise Refused(f"export took its parameters apart, so the graph can't share them ({name})")
-    return f"{whole}.{_plain_tensors(operator.attrgetter(whole)(module))[int(number)]}"
+    return f"{parameter}.{_plain_tensors(operator.attrgetter(parameter)(module))[int(number)]}"
 
 
 def _plain_tensors(tensor: Any) -> list[str]:
@@ -222,7 +220,9 @@ class _Writer:
             raise Refused("its graph writes into its inputs or buffers")
         nodes = {node.name: node for node in program.graph.nodes}
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.attributes = tuple(_attribute_of(block.module, name.removeprefix("block.")) for name in held.values())
+        known = {name for name, _ in (*block.module.named_parameters(), *block.module.named_buffers())}
+        names = (name.removeprefix("block.") for name in held.values())
+        self.attributes = tuple(name if name in known else _part_of(block.module, name, known) for name in names)
         self.constants = tuple(program.constants[name] for name in signature.inputs_to_lifted_tensor_constants.values())
         for name in (*held, *signature.inputs_to_lifted_tensor_constants):
             self._full[nodes[name]] = self.graph.placeholder(name)

@@ -41,6 +41,17 @@ TOLERANCE = 1e-5
 every_token = pytest.mark.parametrize("context", ["all", "stale"])
 
 
+class Beside(torch.nn.Module):
+    """An adapter around a layer, with none of its attributes."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * x
+
+
 @functools.cache
 def _transformed(shape: Shape, options: tuple[tuple[str, Any], ...]) -> TinyDiT:
     return diffcr_compile.transform(original(shape), DiffCRConfig(**dict(options)), example_inputs=tiny_inputs(shape))
@@ -230,6 +241,33 @@ def transformed_to_half(context: str) -> TinyDiT:
     return model
 
 
+@pytest.mark.parametrize("scope", [None, "regional", "full"])
+@pytest.mark.parametrize("degree", [0, 1])
+def test_text_beside_a_block_that_is_skipped_whole_takes_its_last_update(degree: int, scope: str | None) -> None:
+    """Extrapolated like the tokens': two dense steps, and one in which no block runs."""
+    torch._dynamo.reset()
+    shape = SHAPES[2]
+    model = transformed(shape, skip="reuse", num_regions=4, extrapolation=degree)
+    diffcr_compile.set_ratios(model, [[1.0] * 2, [1.0] * 2, [0.0] * 2, [0.0] * 2])
+    expected = sample(model, shape)
+    diffcr_compile.reset(model)
+    updates: list[dict[str, Tensor]] = []
+    with torch.no_grad(), watch_blocks(model, routed_fqns(model)) as calls:
+        sample(model, shape, STEPS[:3])
+    for call in calls:
+        if call.fqn == calls[0].fqn:
+            updates.append({})
+        updates[-1][call.fqn] = tensors_of(call.output)[1] - call.args[1]
+    ahead = degree * (STEPS[2] - STEPS[1]) / (STEPS[1] - STEPS[0])
+    for first, second, third in ([step[fqn] for step in updates] for fqn in updates[0]):
+        assert not torch.allclose(first, second, rtol=1e-2)
+        assert relative_error(third, second + ahead * (second - first)) < TOLERANCE
+    if scope is not None:
+        diffcr_compile.lower(model, scope=scope, backend="aot_eager")  # type: ignore[arg-type]
+        diffcr_compile.reset(model)
+        assert all(relative_error(a, b) < TOLERANCE for a, b in zip(sample(model, shape), expected, strict=True))
+
+
 @pytest.mark.parametrize("scope", ["regional", "full"])
 def test_a_lowered_model_forgets_what_it_no_longer_skips(scope: str) -> None:
     """Back at ratio zero, with another batch size: nothing of the memory is met again."""
@@ -327,16 +365,8 @@ def test_a_replaced_submodule_is_not_passed_by(context: str) -> None:
     diffcr_compile.set_ratios(model, 0.5)
     before = sample(model, steps=(700.0, 500.0))[1]
 
-    class Adapted(torch.nn.Module):
-        def __init__(self, base: torch.nn.Module) -> None:
-            super().__init__()
-            self.base = base
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + 0.5 * x
-
     for block in model.blocks:
-        block.stream.out = Adapted(block.stream.out)  # type: ignore[union-attr]
+        block.stream.out = Beside(block.stream.out)  # type: ignore[union-attr]
     after = sample(model, steps=(700.0, 500.0))[1]
     assert relative_error(after, before) > 1e-3
 
@@ -347,14 +377,6 @@ def test_an_adapter_put_on_between_two_steps_is_not_passed_by(context: str, scop
     """Nor taken for the layer it stands for where it has no weight by that name."""
     torch._dynamo.reset()
 
-    class Adapted(torch.nn.Module):
-        def __init__(self, base: torch.nn.Module) -> None:
-            super().__init__()
-            self.base = base
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + 0.5 * x
-
     def last_step(adapted: bool, scope: str | None) -> Tensor:
         model = transformed(skip="reuse", context=context)
         if scope is not None:
@@ -364,7 +386,7 @@ def test_an_adapter_put_on_between_two_steps_is_not_passed_by(context: str, scop
             for timestep in (700.0, 500.0, 300.0):
                 if adapted and timestep == 300.0:
                     for block in model.blocks:
-                        block.stream.out = Adapted(block.stream.out)  # type: ignore[union-attr]
+                        block.stream.out = Beside(block.stream.out)  # type: ignore[union-attr]
                 output = model(**tiny_inputs(PLAIN, timestep=timestep))
         return output
 

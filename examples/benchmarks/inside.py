@@ -1,6 +1,6 @@
 """Inside the block: what skipped tokens give and get, without any training, against the rivals, on the digits DiT.
 
-    python examples/benchmarks/inside.py          # about forty minutes on an idle core
+    python examples/benchmarks/inside.py          # an hour and a half on a core
     python examples/benchmarks/inside.py --quick  # to see that it runs
     python examples/benchmarks/inside.py --model photos --steps 50 20 --samples 4   # another model; needs scikit-image
     python examples/benchmarks/inside.py --methods rivals "reuse, stale context, score"   # some rows anew
@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Combinations of what a skipped token takes, what gives keys and values, and which tokens are kept."""
 
 
-def model_routes_by_score(options: dict[str, Any]) -> bool:
+def routers_choose(options: dict[str, Any]) -> bool:
     """Whether routers choose, which are to be fitted then (bypass has a table of its own for that)."""
     return bool(options) and options.get("selection", "score") != "turn"
 
@@ -180,8 +180,8 @@ class FirstBlock:
             block.forward = types.MethodType(self._forward(index, type(block).forward), block)
 
     @property
-    def share(self) -> float:
-        """Blocks computed in one sampling; the caller divides by its steps."""
+    def forwards(self) -> float:
+        """Blocks computed in one sampling, in forwards of the whole model."""
         return self.calls / len(self.blocks)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ class Bench:
 
     def run_ours(self, method: str, options: dict[str, Any]) -> None:
         model = diffcr_compile.transform(self.example.load_model(), DiffCRConfig(**options), example_inputs=self.inputs)
-        if model_routes_by_score(options):
+        if routers_choose(options):
             diffcr_compile.calibrate(model, self._recorded(model, 20, 4), budget=0.9, config=replace(FREE, steps=0))
         for steps in self.settings.steps:
             if method in (DEFAULT, BYPASS):
@@ -402,7 +402,7 @@ def thresholded(name: str) -> Iterator[tuple[str, Callable[[nn.Module, float], C
 
         def by_rule(model: nn.Module, threshold: float) -> Callable[[], float]:
             rival = FirstBlock(model, threshold)
-            return lambda: rival.share
+            return lambda: rival.forwards
 
         yield "first-block rule to the budget", by_rule
         return

@@ -48,7 +48,7 @@ def _writes_graphs_of(name: str) -> None:
 
 
 def _half(name: str, model: nn.Module) -> None:
-    """Skipping goes on: the last step has half of the tokens computed, and fewer FLOPs than the dense one."""
+    """Skipping goes on: a further step has half of the tokens computed in some block."""
     with diffcr_compile.trace(model) as seen:
         run(model, at_timestep(name, inputs(name), 0.2))
     tokens = TINY[name].tokens

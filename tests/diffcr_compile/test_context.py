@@ -87,6 +87,17 @@ def test_another_hook_in_the_place_of_one_changes_the_key() -> None:
     assert kept is not handle
 
 
+def test_a_hook_without_room_for_weak_references_has_a_key() -> None:
+    class Bare:
+        __slots__ = ()
+
+        def __call__(self, *args: object) -> None: ...
+
+    module = block()
+    module.stream.out.register_forward_hook(Bare())
+    assert context_key(module) == context_key(module) != context_key(block())
+
+
 def test_weights_and_the_blocks_own_hooks_do_not() -> None:
     changed = block()
     with torch.no_grad():
