@@ -13,7 +13,7 @@ _MOMENTUM = 0.9
 _OWN_MOMENTUM = 0.98
 """Of what a region's gradient has beyond that, over its own visits."""
 
-_BISECTIONS = 40
+_BISECTIONS = 50
 
 
 class BudgetedRatios:
@@ -52,7 +52,8 @@ class BudgetedRatios:
         gradient = self.gradient()
         scale = gradient.square().mean().sqrt().clamp(min=1e-20)
         move = -self.learning_rate * (gradient / scale).clamp(-1, 1)
-        low, high = -2.0, 2.0
+        high = (1 + self.learning_rate) / float(self.savings[self.savings > 0].min())  # any master to either end
+        low = -high
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             if float(self.costs.expected_share(self._moved(move, middle))) > share:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffcr_compile.calibration.ratios import BudgetedRatios
 from hand import hand_costs
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 
+@example(share=0.984375, seed=444)  # the smallest block's masters have far to go
 @given(share=st.floats(0.05, 0.999), seed=st.integers(0, 999))
 def test_every_step_is_on_the_schedule(share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -19,7 +20,7 @@ def test_every_step_is_on_the_schedule(share: float, seed: int) -> None:
     masters.grad = torch.randn(4, 3, generator=generator)
     costs = hand_costs(3)
     BudgetedRatios(masters, costs, 0.02).step(share)
-    # bisection to 4 / 2^40 and float32 masters
+    # float32 masters
     assert float(costs.expected_share(masters.detach())) == pytest.approx(share, abs=1e-5)
     assert masters.grad is None
     assert bool(((masters >= 0) & (masters <= 1)).all())
