@@ -1,7 +1,7 @@
 """The command ``diffcr-compile``: explain, calibrate, bench and report, for a model directory that diffusers wrote.
 
 What a person reads or a machine parses (``--json``) goes to stdout, progress to stderr. Exit codes: 0; 1 for what the package
-refuses, with one paragraph on stderr; 2 for a command that can't be understood.
+refuses, with one paragraph on stderr; 2 for a command that can't be understood; 130 for one interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class _Command(click.Command):
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):
             raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             if verbose:
                 traceback.print_exc(file=sys.stderr)
@@ -231,23 +234,28 @@ def calibrate_command(
     chosen = _calibration_config(fields, config)
     if not has_weights(model):
         raise DiffCRError(f"{model} holds no weights (*.safetensors), and calibrating random ones is of no use.")
-    _make_output(output)
-    denoiser = build_model(model, device, weights=True)
-    files = sorted(batches.glob("*.safetensors")) if batches.is_dir() else [batches]
-    if not files:
-        raise CaptureError(f"{batches} holds no batches; expected files named *.safetensors.")
-    given = [read_inputs(denoiser, file, "cpu") for file in files]
-    first = map_leaves(lambda _, leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, given[0])
-    _say(f"calibrating {type(denoiser).__name__} to {budget:.0%} on {len(given)} batches")
-    transform(denoiser, options, example_inputs=first)
-    report = calibrate(denoiser, given, budget=budget, config=chosen, checkpoint=checkpoint)
-    weights = output / "model"
-    if weights.exists() and not weights.samefile(model):
-        shutil.rmtree(weights)  # before save: beside another routing than their own they would pass for its weights
-    save(denoiser, output)
-    if chosen.preset != "training-free" and chosen.trainable != "routers":
-        denoiser.save_pretrained(weights)
-    report.save(output)
+    with _output(output):
+        denoiser = build_model(model, device, weights=True)
+        files = sorted(batches.glob("*.safetensors")) if batches.is_dir() else [batches]
+        if not files:
+            raise CaptureError(f"{batches} holds no batches; expected files named *.safetensors.")
+        given = [read_inputs(denoiser, file, "cpu") for file in files]
+        first = map_leaves(lambda _, leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, given[0])
+        _say(f"calibrating {type(denoiser).__name__} to {budget:.0%} on {len(given)} batches")
+        transform(denoiser, options, example_inputs=first)
+        try:
+            report = calibrate(denoiser, given, budget=budget, config=chosen, checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            if checkpoint is not None and checkpoint.is_dir() and any(checkpoint.iterdir()):
+                _say(f"The same command goes on from {checkpoint}.")
+            raise
+        weights = output / "model"
+        if weights.exists() and not weights.samefile(model):
+            shutil.rmtree(weights)  # before save: beside another routing than their own they would pass for its weights
+        save(denoiser, output)
+        if chosen.preset != "training-free" and chosen.trainable != "routers":
+            denoiser.save_pretrained(weights)
+        report.save(output)
     _say(f"written to {output}")
     _print(report.to_dict() if as_json else str(report))
 
@@ -315,13 +323,21 @@ def report_command(folder: Path, output: Path | None, as_json: bool) -> None:
     _print(report.to_dict() if as_json else str(report))
 
 
-def _make_output(folder: Path) -> None:
-    """Where a calibration will be written. Raises ArtefactError where there is something else, or nothing can be written."""
+@contextlib.contextmanager
+def _output(folder: Path) -> Iterator[None]:
+    """Where a calibration will be written, gone again if it made the folder and nothing came. Raises ArtefactError where there is
+    something else, or nothing can be written."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "routing.json").is_file():
         raise ArtefactError(
             f"{folder} is not empty and holds no routing; expected a new folder, or one of a calibration."
         )
+    new = not folder.exists()
     make_folder(folder)
+    try:
+        yield
+    finally:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _calibration_config(fields: dict[str, Any], file: Path | None) -> CalibrationConfig:

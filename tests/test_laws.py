@@ -62,7 +62,7 @@ FREE = st.builds(
     masked=st.booleans(),
 )
 SHAPES = FREE if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else st.sampled_from(POOL)
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 SEEDS = st.integers(0, 2**16)
 NUM_TOKENS = st.integers(6, 17)
 NUM_TEXT = st.integers(1, 9)
@@ -70,9 +70,9 @@ RATIOS = st.integers(0, 1000)
 BETWEEN = st.integers(200, 800)
 """Thousandths at which at least one of six tokens skips and one is kept."""
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float64: 1e-12}
 """Of the largest value. Another batch size or the kernel under vmap adds up in another order: some hundred roundings of the
-dtype (6e-8, 4e-3, 1e-16) in a block."""
+dtype (6e-8, 4e-3, 5e-4, 1e-16) in a block."""
 
 
 def table_of(

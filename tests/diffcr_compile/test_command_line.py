@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from diffcr_compile.calibration.ratios import BudgetedRatios
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -364,6 +365,32 @@ def test_calibrate_refuses_what_it_cannot_use(config_only: Path, weights: Path, 
     assert "calibration.json: CalibrationConfig has no option named 'step'" in said(weights, "--config", config)
     (weights / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     assert "could not be built" in said(weights)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_calibration_says_how_to_go_on(
+    weights: Path, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, progress = tmp_path / "calibration.json", tmp_path / "progress"
+    config.write_text('{"steps": 4, "trainable": "routers", "checkpoint_every": 1}')
+    step, shares = BudgetedRatios.step, []
+
+    def interrupted_once(self: BudgetedRatios, share: float) -> None:
+        shares.append(share)
+        if len(shares) == 3:
+            raise KeyboardInterrupt
+        step(self, share)
+
+    monkeypatch.setattr(BudgetedRatios, "step", interrupted_once)
+    arguments = ("calibrate", weights, "--batches", batches, "--budget", 0.8, "--output", tmp_path / "out")
+    result = run(*arguments, "--config", config, "--checkpoint", progress)
+    assert result.exit_code == 130
+    assert f"The same command goes on from {progress}.\nInterrupted." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    answer(*arguments, "--config", config, "--checkpoint", progress)
+    assert shares == pytest.approx([0.9, 0.8, 0.8, 0.8])  # the third step again, and not the first
 
 
 def test_report_refuses_other_folders_and_formats(tmp_path: Path) -> None:
