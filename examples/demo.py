@@ -180,14 +180,20 @@ def measure(variants: list[Variant], runs: list[Run], settings: Settings) -> lis
                 frechet=digits.frechet_distance(features(classifier, run.images), reference),
                 accuracy=digits.class_accuracy(run.images, run.labels, classifier),
                 moved=digits.distance(run.images, dense.images),
+                memory=cost_of_a_picture(variant).memory_bytes,
             )
         )
     return results
 
 
+def cost_of_a_picture(variant: Variant) -> diffcr_compile.Cost:
+    """Of one forward, with the ratios that the model has."""
+    return diffcr_compile.cost(variant.model, digits.calibration_batches(1, 1)[0])
+
+
 def flops_of(variant: Variant) -> int:
     """FLOPs of sampling one picture: each step at what its timestep region costs, the first of a trajectory dense with reuse."""
-    cost = diffcr_compile.cost(variant.model, digits.calibration_batches(1, 1)[0])
+    cost = cost_of_a_picture(variant)
     scheduler = digits.build_scheduler()
     scheduler.set_timesteps(variant.steps)
     regions = [

@@ -36,7 +36,7 @@ class Result:
 
     flops_share, time_shares (one per round): of the dense model's. frechet: distance of the classifier's features to those
     of held-out digits. accuracy: share of pictures that the classifier names as asked. moved: mean squared distance from the
-    dense model's pictures of equal noise.
+    dense model's pictures of equal noise. memory: bytes that a picture's sampling remembers between steps, beside the weights.
     """
 
     name: str
@@ -45,24 +45,26 @@ class Result:
     frechet: float
     accuracy: float
     moved: float
+    memory: int
 
 
 def format_table(results: list[Result]) -> str:
     """A table in Markdown that also reads well as it is; times are medians with quartiles."""
     width = max(len(result.name) for result in results)
     lines = [
-        f"| {'':{width}} | FLOPs | time (quartiles)   | Fréchet | asked class | moved   |",
-        f"|{'-' * (width + 2)}|-------|--------------------|---------|-------------|---------|",
+        f"| {'':{width}} | FLOPs | time (quartiles)   | memory  | Fréchet | asked class | moved   |",
+        f"|{'-' * (width + 2)}|-------|--------------------|---------|---------|-------------|---------|",
     ]
     for row in results:
         low, middle, high = quartiles(row.time_shares)
         spread = f"{middle:.2f} ({low:.2f}..{high:.2f})"
         lines.append(
-            f"| {row.name:{width}} | {row.flops_share:5.2f} | {spread:18} | {row.frechet:7.0f} "
-            f"| {row.accuracy:11.0%} | {row.moved:.5f} |"
+            f"| {row.name:{width}} | {row.flops_share:5.2f} | {spread:18} | {row.memory / 1e6:4.1f} MB "
+            f"| {row.frechet:7.0f} | {row.accuracy:11.0%} | {row.moved:.5f} |"
         )
     notes = (
         "FLOPs and time are shares of the dense, compiled model's; a time is a round's share, all rows taking turns.",
+        "Memory: what a picture's sampling remembers between steps, beside the weights.",
         "Fréchet: distance between classifier features of the pictures and of held-out digits (lower is better).",
         "Moved: mean squared distance from the dense model's own pictures of equal noise.",
     )
