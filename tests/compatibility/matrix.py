@@ -78,12 +78,20 @@ TINY = {
 }
 
 
+SKIPPED = 1e-3
+"""Of the largest value: dense outputs are farther than that from those of a model that skips half of its tokens."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a test stands in the table."""
 
     row: int
     title: str
+
+
+CELLS: list[tuple[Place, str]] = []
+"""Every place and model of the tests that were imported."""
 
 
 def row(
@@ -115,6 +123,7 @@ def row(
                 marks.append(pytest.mark.slow)
             cells.append(pytest.param(name, marks=marks))
         test.matrix = Place(number, title)  # type: ignore[attr-defined]
+        CELLS.extend((Place(number, title), name) for name in models)
         return pytest.mark.parametrize("name", cells)(test)
 
     return place
@@ -195,7 +204,7 @@ def transform_first(model: nn.Module, name: str, ratio: float = 0.5) -> nn.Modul
     """Transform a model that was changed before, its first family of blocks only (each family costs an export)."""
     tiny = TINY[name]
     allowed = {f"{tiny.first}{index}" for index in range(tiny.family)}
-    diffcr_compile.transform(model, example_inputs=inputs(name), filter_fn=lambda _, fqn: fqn in allowed)
+    model = diffcr_compile.transform(model, example_inputs=inputs(name), filter_fn=lambda _, fqn: fqn in allowed)
     diffcr_compile.set_ratios(model, ratio)
     return model
 
@@ -279,6 +288,11 @@ def _cost(name: str, first: bool) -> diffcr_compile.Cost:
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = ROUNDING) -> None:
     assert relative_error(found, expected) < tolerance
+
+
+def assert_skips(name: str, found: Tensor, given: dict[str, Any]) -> None:
+    """An output that a compiled model gave for ``given`` is no dense one: no operator of it can be counted."""
+    assert relative_error(found, run(_plain(name), given)) > SKIPPED
 
 
 def assert_bits(found: Tensor, expected: Tensor) -> None:

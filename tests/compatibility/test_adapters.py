@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import relative_error, routed_fqns, tensors_of, watch_blocks
+from models import reference_flops, relative_error, routed_fqns, tensors_of, watch_blocks
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
@@ -27,11 +27,15 @@ from torchao.quantization import (
 import diffcr_compile
 from compatibility.matrix import (
     LARGE,
+    ROUNDING,
+    SKIPPED,
     TINY,
     assert_bits,
     assert_close,
     assert_keeps,
     assert_routes,
+    assert_skips,
+    at_timestep,
     inputs,
     kept,
     plain,
@@ -120,7 +124,7 @@ def test_lora_after(name: str) -> None:
     assert_routes(name, model)
 
 
-@row(4, "LoRA before transform, restored with it", slow=LARGE)
+@row(4, "LoRA before transform: fuse, unfuse, restored with it", slow=LARGE)
 def test_lora_before(name: str) -> None:
     weights, given = _weights(name), inputs(name)
     expected = run(_merged(routed(name, first=True), weights), given)
@@ -128,8 +132,32 @@ def test_lora_before(name: str) -> None:
     model = transform_first(_inject(plain(name), name, weights), name)
     assert_routes(name, model, first=True, cost=diffcr_compile.cost(model, given))
     assert_close(run(model, given), expected, MERGED)
+    for layer in _adapters(model).values():
+        layer.merge()
+    assert_close(run(model, given), expected, MERGED)
+    assert_routes(name, model, first=True)
+    for layer in _adapters(model).values():
+        layer.unmerge()
+    assert_close(run(model, given), expected, MERGED)
     diffcr_compile.restore(model)
-    assert_bits(run(model, given), dense)
+    assert_close(run(model, given), dense, MERGED)
+
+
+@row(4, "LoRA after lower: load, fuse", slow=LARGE)
+def test_lora_after_lower(name: str) -> None:
+    torch._dynamo.reset()
+    weights, given = _weights(name), inputs(name)
+    expected, bare = run(_merged(routed(name), weights), given), run(routed(name), given)
+    model = diffcr_compile.lower(routed(name), backend="aot_eager")
+    assert_close(run(model, given), bare)
+    _inject(model, name, weights)
+    assert_close(run(model, given), expected, MERGED)
+    assert relative_error(expected, bare) > SKIPPED
+    assert_skips(name, run(model, given), given)
+    for layer in _adapters(model).values():
+        layer.merge()
+    assert_close(run(model, given), expected, MERGED)
+    assert_keeps(name, model)
 
 
 @row(4, "all-linear leaves the router alone")
@@ -182,6 +210,7 @@ def test_hot_swap(name: str) -> None:
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     assert_close(run(compiled, given), run(_merged(routed(name), first), given), MERGED)
     assert counter.frame_count == 1
+    assert_skips(name, run(compiled, given), given)
     swapped = {key.replace(".weight", ".default.weight"): value for key, value in second.items()}
     hotswap_adapter_from_state_dict(model, swapped, "default", _config(name))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -225,14 +254,20 @@ def test_trained_lora(name: str, tmp_path: Path) -> None:
     other.unfuse_lora()
     assert_close(run(other, given), expected, MERGED)
     with safe_open(tmp_path / "adapter" / file["weight_name"], framework="pt") as saved:
-        second = {key: 2 * saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+        first = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+        second = {key: 2 * value for key, value in first.items()}
         (tmp_path / "second").mkdir()
         save_file(second, tmp_path / "second" / file["weight_name"], metadata=saved.metadata())
     other.load_lora_adapter(tmp_path / "second", **file, hotswap=True)
-    swapped = run(other, given)
-    assert not torch.allclose(swapped, expected, rtol=1e-3)
-    assert torch.equal(diffcr_compile.ratios(other), report.table)
+    other_merged = plain(name)
+    diffcr_compile.load(other_merged, tmp_path / "routing")
+    assert_close(run(other, given), run(_merged(other_merged, second), given), MERGED)
+    assert relative_error(run(other, given), expected) > MERGED
     assert diffcr_compile.cost(other, given).share == report.share
+    other.unload_lora()
+    assert torch.equal(diffcr_compile.ratios(other), report.table)
+    cost, last = diffcr_compile.cost(other, given), at_timestep(name, given, 0.95)
+    assert reference_flops(lambda: other(**last)) == cost.routed_flops[-1]
 
 
 # Row 5
@@ -244,7 +279,8 @@ FLOAT8 = Float8WeightOnlyConfig()
 FLOAT8_DYNAMIC = Float8DynamicActivationFloat8WeightConfig()
 FLOAT8_BOTH = "float8 weights and activations (on the CPU, past torchao's check for a GPU)"
 ALLOWED = 1.5
-"""Times the quantised dense model's error against the dense model."""
+"""Times the quantised dense model's error against the dense model: on the same few numbers, half of the tokens have an error of their
+own about that (0.8 to 1.3 times, these five)."""
 
 
 @pytest.fixture
@@ -392,16 +428,26 @@ def test_float8_dynamic_saved(name: str, tmp_path: Path) -> None:
     _saved_and_loaded(name, FLOAT8_DYNAMIC, tmp_path)
 
 
-def _lowered(name: str, config: Any, share: float = 0.1) -> None:
-    """Off the eager quantised routed model by at most a share of what quantisation itself changes."""
+def _lowered(name: str, config: Any, drift: float = ROUNDING) -> None:
+    """Off the eager quantised routed model by less than ``drift``."""
     torch._dynamo.reset()
-    given = inputs(name)
-    model, bare = _quantised(routed(name), config), run(routed(name), given)
+    model, given = _quantised(routed(name), config), inputs(name)
     expected = run(model, given)
     found = run(diffcr_compile.lower(model), given)
-    assert relative_error(found, expected) < share * relative_error(expected, bare)
-    assert not torch.equal(found, bare)
+    assert relative_error(found, expected) < drift
+    assert relative_error(found, run(routed(name), given)) > 10 * ROUNDING
+    assert_skips(name, found, given)
     assert_keeps(name, model)
+
+
+def _lowered_before(name: str, config: Any) -> None:
+    torch._dynamo.reset()
+    model, given = transform_first(_quantised(plain(name), config), name), inputs(name)
+    expected = run(model, given)
+    found = run(diffcr_compile.lower(model), given)
+    assert_close(found, expected)
+    assert_skips(name, found, given)
+    assert_keeps(name, model, first=True)
 
 
 @row(5, "int8 weights, lowered", slow=tuple(TINY))
@@ -409,10 +455,29 @@ def test_int8_lowered(name: str) -> None:
     _lowered(name, INT8)
 
 
+@row(5, "int8 weights before transform, lowered", slow=tuple(TINY))
+def test_int8_before_lowered(name: str) -> None:
+    _lowered_before(name, INT8)
+
+
+@row(5, "int8 weights after lower", slow=tuple(TINY))
+def test_int8_after_lower(name: str) -> None:
+    torch._dynamo.reset()
+    given, expected = inputs(name), run(_quantised(routed(name), INT8), inputs(name))
+    model = diffcr_compile.lower(routed(name), backend="aot_eager")
+    run(model, given)
+    assert_close(run(_quantised(model, INT8), given), expected)
+    assert_keeps(name, model)
+
+
 @row(5, "int8 weights and activations, lowered", slow=tuple(TINY))
 def test_int8_dynamic_lowered(name: str) -> None:
-    """An activation that another order of sums puts on the other side of a step is off by a whole step."""
-    _lowered(name, INT8_DYNAMIC, share=1.0)
+    """An activation that another order of sums puts on the other side of a step is off by a whole step, in the compiled dense
+    model too: that drifts as far."""
+    dense, given = _quantised(plain(name), INT8_DYNAMIC), inputs(name)
+    expected = run(dense, given)
+    torch._dynamo.reset()
+    _lowered(name, INT8_DYNAMIC, drift=ALLOWED * relative_error(run(torch.compile(dense), given), expected))
 
 
 @row(5, "float8 weights, lowered", slow=tuple(TINY))
@@ -423,5 +488,4 @@ def test_float8_lowered(name: str) -> None:
 @pytest.mark.usefixtures("float8_anywhere")
 @row(5, f"{FLOAT8_BOTH}, lowered", slow=tuple(TINY))
 def test_float8_dynamic_lowered(name: str) -> None:
-    """An activation that another order of sums puts on the other side of a step is off by a whole step."""
-    _lowered(name, FLOAT8_DYNAMIC, share=1.0)
+    _lowered(name, FLOAT8_DYNAMIC)

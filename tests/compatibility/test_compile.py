@@ -17,6 +17,7 @@ from compatibility.matrix import (
     assert_bits,
     assert_close,
     assert_keeps,
+    assert_skips,
     at_timestep,
     follow,
     inputs,
@@ -68,6 +69,7 @@ def test_dynamic_shapes(name: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for one, output in zip(given[1:], expected[1:], strict=True):
             assert_same(run(compiled, one), output)
+            assert_skips(name, output, one)
     for batch in (1, 2, 1):
         one = inputs(name, batch, TINY[name].sizes[0])
         assert_same(run(compiled, one), run(model, one))
@@ -83,6 +85,7 @@ def test_compiled_before(name: str) -> None:
     assert diffcr_compile.transform(compiled, example_inputs=given) is model
     diffcr_compile.set_ratios(model, 0.5)
     assert_bits(run(compiled, given), run(routed(name), given))
+    assert_skips(name, run(compiled, given), given)
     assert_keeps(name, model)
     diffcr_compile.restore(model)
     assert_bits(run(compiled, given), dense)
@@ -102,7 +105,25 @@ def test_regional(name: str) -> None:
         for step in STEPS:
             given = at_timestep(name, inputs(name), step)
             assert_bits(run(model, given), run(eager, given))
+            assert_skips(name, run(model, given), given)
     assert counter.frame_count == _graphs(name, eager)
+
+
+@row(2, "lower whole: one graph per distinct row over a loop of four steps", slow=LARGE)
+def test_whole(name: str) -> None:
+    """The first and the last region's rows are made the same."""
+    model, eager, counter = routed(name), routed(name), CompileCounterWithBackend("eager")
+    rows = table(model)
+    rows[-1] = rows[0]
+    for one in (model, eager):
+        diffcr_compile.set_ratios(one, rows)
+    diffcr_compile.lower(model, scope="full", backend=counter)
+    for _ in range(2):
+        for step in STEPS:
+            given = at_timestep(name, inputs(name), step)
+            assert_bits(run(model, given), run(eager, given))
+            assert_skips(name, run(model, given), given)
+    assert counter.frame_count == len(rows.unique(dim=0)) == len(STEPS) - 1
 
 
 @row(
@@ -124,6 +145,7 @@ def test_blocks_in_place(name: str) -> None:
         for _ in range(2):
             for one, output in zip(given, expected, strict=True):
                 assert_bits(run(model, one), output)
+                assert_skips(name, output, one)
     assert counter.frame_count == graphs
 
 
@@ -197,4 +219,6 @@ def test_ahead_of_time(name: str, tmp_path_factory: pytest.TempPathFactory) -> N
     model, given = layerwise(name), inputs(name)
     package = str(tmp_path_factory.mktemp("package") / "routed.pt2")
     torch._inductor.aoti_compile_and_package(torch.export.export(model, (), given, strict=False), package_path=package)
-    assert_close(run(torch._inductor.aoti_load_package(package), given), run(model, given))
+    found = run(torch._inductor.aoti_load_package(package), given)
+    assert_close(found, run(model, given))
+    assert_skips(name, found, given)

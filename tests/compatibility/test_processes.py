@@ -37,9 +37,11 @@ from compatibility.matrix import (
     ORDER,
     TINY,
     assert_bits,
-    assert_keeps,
+    assert_close,
+    assert_routes,
     at_timestep,
     inputs,
+    kept,
     one_sample,
     plain,
     routed,
@@ -71,8 +73,16 @@ def _sharded(model: nn.Module, fqns: list[str]) -> nn.Module:
 def shard_after(name: str, number: int) -> None:
     expected, dense, model = run(routed(name), inputs(name)), run(plain(name), inputs(name)), routed(name)
     _sharded(model, routed_fqns(model))
-    assert_keeps(name, model)
+    assert_routes(name, model)
     assert_bits(run(model, inputs(name)), expected)
+    given, whole = at_timestep(name, inputs(name), 0.6), routed(name)
+    for one in (whole, model):
+        tensors_of(one(**given))[0].square().mean().backward()
+    for key, parameter in model.named_parameters():
+        gradient = whole.get_parameter(key).grad
+        assert (gradient is None) == (parameter.grad is None)
+        if gradient is not None:  # the mean of two processes' equal ones
+            assert_close(parameter.grad.full_tensor(), gradient)
     diffcr_compile.restore(model)
     assert_bits(run(model, inputs(name)), dense)
 
@@ -85,27 +95,43 @@ def shard_before(name: str, number: int) -> str:
     return type(caught.value).__name__
 
 
-def data_parallel(name: str, number: int) -> None:
+def data_parallel_after(name: str, number: int) -> None:
+    model = routed(name)
+    _learns_as_alone(name, number, nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), model)
+    assert_routes(name, model)
+
+
+def data_parallel_before(name: str, number: int) -> None:
+    """``transform`` is given the wrapper, which would know of no routers: the model that comes back is wrapped anew."""
+    parallel = functools.partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True)
+    model = transform_first(parallel(plain(name)), name)
+    _learns_as_alone(name, number, parallel(model), model, first=True)
+    assert_routes(name, model, first=True)
+
+
+def _learns_as_alone(name: str, number: int, wrapped: nn.Module, model: nn.Module, *, first: bool = False) -> None:
     """Each process takes a sample of its own; gradients are the means of those that one process gets from the two."""
     given = at_timestep(name, inputs(name), 0.6)
 
-    def learn(model: nn.Module, sample: int) -> dict[str, torch.Tensor]:
-        tensors_of(model(**one_sample(given, sample)))[0].square().mean().backward()
+    def learn(model: nn.Module, sample: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = tensors_of(model(**one_sample(given, sample)))[0].square().mean()
+        loss.backward()
         inner = getattr(model, "module", model)
-        return {key: value.grad for key, value in inner.named_parameters() if value.grad is not None}
+        return loss, {key: value.grad for key, value in inner.named_parameters() if value.grad is not None}
 
-    halves, model = [learn(routed(name), sample) for sample in range(2)], routed(name)
-    gradients = learn(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), number)
+    alone = [learn(routed(name, first=first), sample) for sample in range(2)]
+    loss, gradients = learn(wrapped, number)
+    assert_bits(loss.detach(), alone[number][0].detach())
+    halves = [gradients for _, gradients in alone]
     assert set(gradients) == {*halves[0], *halves[1]}
-    assert {f"{fqn}.diffcr_router.weight" for fqn in routed_fqns(model)} <= set(gradients)
+    assert {f"{fqn}.diffcr_router.weight" for fqn in kept(model, inputs(name))} <= set(gradients)
     for key, gradient in gradients.items():
-        first, second = (half.get(key, torch.zeros_like(gradient)) for half in halves)
-        assert_bits(gradient, first / 2 + second / 2)
-    assert_keeps(name, model)
+        one, other = (half.get(key, torch.zeros_like(gradient)) for half in halves)
+        assert_bits(gradient, one / 2 + other / 2)
 
 
 WORKS: dict[str, Callable[[str, int], str | None]] = {
-    work.__name__: work for work in (shard_after, shard_before, data_parallel)
+    work.__name__: work for work in (shard_after, shard_before, data_parallel_after, data_parallel_before)
 }
 
 
@@ -118,7 +144,7 @@ def fork(name: str, number: int, folder: Path) -> int:
         store = distributed.FileStore(str(folder / f"{name}-store"), 2)
         distributed.init_process_group("gloo", store=store, rank=number, world_size=2, timeout=timedelta(seconds=60))
         for title, work in WORKS.items():
-            if name not in _NO_SHARDS or work is data_parallel:
+            if name not in _NO_SHARDS or work.__name__.startswith("data_parallel"):
                 found[title] = {"refused": work(name, number)}
     except BaseException:
         failed = {"failed": traceback.format_exc()}
@@ -131,7 +157,14 @@ def fork(name: str, number: int, folder: Path) -> int:
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    matrix._routed = functools.cache(lambda name: diffcr_compile.load(plain(name), folder / name))
+
+    @functools.cache
+    def loaded(name: str) -> nn.Module:
+        model = diffcr_compile.load(plain(name), folder / name)
+        diffcr_compile.cost(model, inputs(name))
+        return model
+
+    matrix._routed = loaded
     importlib.import_module("torch.distributed.fsdp")  # once, before the forks
     for name in TINY:
         run(routed(name), inputs(name))
@@ -165,7 +198,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return read
 
 
-@row(8, "FSDP2 over blocks and root, after transform", without=_NO_SHARDS)
+@row(8, "FSDP2 over blocks and root, after transform: outputs and gradients", without=_NO_SHARDS)
 def test_sharded_after(name: str, found: Found) -> None:
     assert found(name, "shard_after") == [None, None]
 
@@ -178,8 +211,13 @@ def test_sharded_before(name: str, found: Found, record_property: Callable[[str,
 
 
 @row(8, "DDP after transform: loss and gradients")
-def test_data_parallel(name: str, found: Found) -> None:
-    assert found(name, "data_parallel") == [None, None]
+def test_data_parallel_after(name: str, found: Found) -> None:
+    assert found(name, "data_parallel_after") == [None, None]
+
+
+@row(8, "DDP before transform, and anew around what comes back: loss and gradients")
+def test_data_parallel_before(name: str, found: Found) -> None:
+    assert found(name, "data_parallel_before") == [None, None]
 
 
 if __name__ == "__main__":

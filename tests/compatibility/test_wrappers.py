@@ -143,6 +143,15 @@ def test_group_offload_before(name: str, record_property: Record) -> None:
     assert ORDER in message
 
 
+@row(7, "group offload by leaves, before transform", without=_NO_GROUPS)
+def test_group_offload_of_leaves_before(name: str, record_property: Record) -> None:
+    model = plain(name)
+    model.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+    message = refused(record_property, transform_first, model, name)
+    assert_bits(run(model, inputs(name)), run(plain(name), inputs(name)))
+    assert ORDER in message
+
+
 @row(7, "model offload hook, before and after transform", slow=LARGE)
 def test_model_offload(name: str) -> None:
     expected = run(routed(name, first=True), inputs(name))
@@ -218,6 +227,15 @@ def test_sequential_offload_after(name: str) -> None:
     assert_bits(run(model, inputs(name)), expected)
 
 
+@row(7, "sequential offload of every module, before transform")
+def test_sequential_offload_before(name: str, record_property: Record) -> None:
+    model = plain(name)
+    accelerate.cpu_offload(model, CPU)
+    message = refused(record_property, transform_first, model, name)
+    assert_bits(run(model, inputs(name)), run(plain(name), inputs(name)))
+    assert ORDER in message
+
+
 @row(7, "sequential offload of every module, after transform with full context", slow=LARGE)
 def test_sequential_offload_with_full_context(name: str, record_property: Record) -> None:
     config = diffcr_compile.DiffCRConfig(context="all")
@@ -279,6 +297,20 @@ def test_gradient_checkpointing(name: str) -> None:
     assert torch.equal(loss, other_loss)
     assert list(gradients) == list(other_gradients)
     assert {f"{fqn}.diffcr_router.weight" for fqn in routed_fqns(model)} <= set(gradients)
+    for key, gradient in gradients.items():
+        assert torch.equal(gradient, other_gradients[key])
+
+
+@row(7, "gradient checkpointing before transform: loss and gradients", slow=LARGE)
+def test_gradient_checkpointing_before(name: str) -> None:
+    model, given = plain(name), at_timestep(name, inputs(name), 0.6)
+    model.enable_gradient_checkpointing()
+    transform_first(model, name)
+    assert_routes(name, model, first=True)
+    loss, gradients = _gradients(model.train(), given)
+    other_loss, other_gradients = _gradients(routed(name, first=True).train(), given)
+    assert torch.equal(loss, other_loss)
+    assert set(gradients) == set(other_gradients)
     for key, gradient in gradients.items():
         assert torch.equal(gradient, other_gradients[key])
 
