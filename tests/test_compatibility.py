@@ -9,10 +9,9 @@ from pathlib import Path
 import compatibility as tests_of_cells
 import pytest
 import torch
+from compatibility.matrix import CELLS, inputs, plain, run
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
-
-from compatibility.matrix import CELLS, inputs, plain, run
 
 RECORD = Path(__file__).parents[1] / "examples" / "benchmarks" / "compatibility.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from models import relative_error
+from models import reference_flops, relative_error
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torchao.quantization import (
@@ -22,6 +22,7 @@ from torchao.quantization import (
 import diffcr_compile
 from compatibility.matrix import (
     LARGE,
+    SKIPPED,
     TINY,
     assert_bits,
     at_timestep,
@@ -36,6 +37,9 @@ from compatibility.matrix import (
 
 ALLOWED = 1.5
 """Times the error that quantisation makes of the dense model's outputs."""
+
+SAVED = 0.9
+"""Of the dense FLOPs of a trajectory: its first step is dense, and in the others keys and values come from all tokens."""
 
 MERGED = 1e-4
 """Of the largest value, float32: an adapter beside its layer, and merged into it."""
@@ -110,6 +114,8 @@ def test_bfloat16(name: str) -> None:
     model, dense = reusing(name).bfloat16(), plain(name).bfloat16()
     allowed = ALLOWED * _differ(follow(dense, name, torch.bfloat16), follow(plain(name), name))
     assert 0 < _differ(follow(model, name, torch.bfloat16), follow(reusing(name), name)) < allowed
+    dense_flops = reference_flops(lambda: follow(dense, name, torch.bfloat16))
+    assert reference_flops(lambda: follow(model, name, torch.bfloat16)) < SAVED * dense_flops
 
 
 @row(12, "accelerate's hooks on blocks, after transform")
@@ -139,4 +145,6 @@ def test_lowered(name: str) -> None:
     for scope in ("regional", "full"):
         torch._dynamo.reset()
         model = diffcr_compile.lower(reusing(name), scope=scope, backend="aot_eager")  # type: ignore[arg-type]
-        assert _differ(follow(model, name), expected) < 1e-5
+        found = follow(model, name)
+        assert _differ(found, expected) < 1e-5
+        assert relative_error(found[-1], follow(plain(name), name)[-1]) > SKIPPED
