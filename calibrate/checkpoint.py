@@ -36,7 +36,7 @@ _MIX = (-7046029254386353131, -4658895280553007687)
 """Odd numbers of 64 bits: a product spreads each bit over those above it (Steele et al. 2014, SplitMix64)."""
 
 _CHUNK_BYTES = 1 << 20
-"""Of a tensor, summed at a time: what fits a core's cache (1.6 GiB/s on one)."""
+"""Of a tensor, summed at a time: what fits a core's cache."""
 
 
 class Checkpoint:

@@ -1,9 +1,9 @@
 """The sampler of a recorded sampling, recovered from it, so that a table can be tried on a sampling of its own.
 
-Errors of one step are the next one's inputs, so what a table does on recorded inputs says little of where its samples end (on the
-digits DiT at 50 steps it ranks tables by chance). Samplers are linear: the next latents are a sum of these, of what the denoiser
-answered and, in multistep ones, of the same one step earlier, with numbers that least squares finds. A deviation then goes on by
-the same sum, whatever else the sampler adds (noise, the original of an inpainting), since that is the same in both.
+Errors of one step are the next one's inputs, so what a table does on recorded inputs says little of where its samples end.
+Samplers are linear: the next latents are a sum of these, of what the denoiser answered and, in multistep ones, of the same one step
+earlier, with numbers that least squares finds. A deviation then goes on by the same sum, whatever else the sampler adds (noise, the
+original of an inpainting), since that is the same in both.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NOISY = 0.1
 
 BETTER = 100.0
 """How many times less the sum with an earlier step must leave open for a sampler to be taken for a multistep one, where it is exact
-but for rounding. Latents that are clipped on their way (to the range of pictures) are foretold a little better (12 times, digits
-DiT, 50 steps) from where they came than from the answers, which says nothing of a deviation."""
+but for rounding. Latents that are clipped on their way (to the range of pictures) are foretold a little better
+from where they came than from the answers, which says nothing of a deviation."""
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,8 @@ from .sampler import Sampler
 from .snap import Rows, choose_bins, rounded_up, use_up
 
 CARRIED = 0.8
-"""Where the sampler is unknown, what is left in the next step of an error: those of successive steps that point one way add up.
-Tables rank by it
-as by the distance of their samples (digits DiT, 36 tables: rank correlation 0.80 at 20 steps, 0.54 at 50, 0.90 at 8); without it
-(0) that is 0.84, 0.40 and 0.91."""
+"""Where the sampler is unknown, what is left in the next step of an error: those of successive steps that point one way add
+up."""
 
 NUM_DENSE = 2
 """Steps at the beginning of a trajectory that whole-step tables leave dense: a straight line needs two updates."""
@@ -139,12 +137,13 @@ def propose_tables(
     def share(rows: Rows) -> float:
         return share_of_table(expand(rows), visited, costs)
 
+    first = visited.dense_rows
+    others = len(regions) - first
     dense, skipped = [0] * num_blocks, [SCALE] * num_blocks
     worst = int(suffering[regions].mean(dim=(0, 2)).argmax())
     spared = [0 if block == worst else SCALE for block in range(num_blocks)]
-    all_dense = [dense] * len(regions)
-    first = visited.dense_rows
-    minimum = share(_raised(all_dense, skipped, SCALE, first))
+    all_dense, all_skipped = [dense] * len(regions), [dense] * first + [skipped] * others
+    minimum = share(all_skipped)
     if budget < minimum:
         least = rounded_up(minimum)
         raise BudgetError(
@@ -155,36 +154,36 @@ def propose_tables(
     needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
     evenly = torch.ones(len(regions), dtype=torch.float64, device="cpu")
     late = 0.5 + torch.linspace(0, 1, len(regions), dtype=torch.float64, device="cpu")
-    whole, whole_late = (
-        [skipped if skips else dense for skips in _spread(weights, needed, density)] for density in (evenly, late)
-    )
     proposed = {
-        "block by block": (_by_blocks(suffering, regions, weights, costs, budget, first), skipped),
-        "uniform": (all_dense, skipped),
-        "uniform, one block dense": (all_dense, spared),
-        "whole steps": (whole, skipped),
-        "whole steps, later ones": (whole_late, skipped),
+        "block by block": (_by_blocks(suffering, regions, weights, costs, budget, first), [all_skipped]),
+        "uniform": (all_dense, [all_skipped]),
+        "uniform, one block dense": (all_dense, [[dense] * first + [spared] * others]),
+        "whole steps": _whole_steps(weights, needed, evenly, all_skipped),
+        "whole steps, later ones": _whole_steps(weights, needed, late, all_skipped),
     }
-    tables = {name: _within(rows, limit, share, budget, first) for name, (rows, limit) in proposed.items()}
+    tables = {name: _within(rows, limits, share, budget) for name, (rows, limits) in proposed.items()}
     return {
         name: expand(use_up(rows, share, budget, tolerance)) for name, rows in tables.items() if share(rows) <= budget
     }
 
 
-def _raised(rows: Rows, limit: list[int], ratio: int, first: int) -> Rows:
-    """From row ``first`` on every ratio at least ``ratio`` thousandths of the limit."""
-    return [list(row) for row in rows[:first]] + [
-        [max(given, most * ratio // SCALE) for given, most in zip(row, limit, strict=True)] for row in rows[first:]
+def _within(rows: Rows, limits: Iterable[Rows], share: Callable[[Rows], float], budget: float) -> Rows:
+    """``rows`` raised towards one limit after the other, by as little as meets the budget, or by all of them."""
+    for limit in limits:
+        low, high = 0, SCALE
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if share(_raised(rows, limit, middle)) <= budget else (middle + 1, high)
+        rows = _raised(rows, limit, low)
+    return rows
+
+
+def _raised(rows: Rows, limit: Rows, ratio: int) -> Rows:
+    """Every ratio at least ``ratio`` thousandths of its limit."""
+    return [
+        [max(given, most * ratio // SCALE) for given, most in zip(row, limits, strict=True)]
+        for row, limits in zip(rows, limit, strict=True)
     ]
-
-
-def _within(rows: Rows, limit: list[int], share: Callable[[Rows], float], budget: float, first: int) -> Rows:
-    """``rows`` raised by as little as meets the budget, or by all of the limit."""
-    low, high = 0, SCALE
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if share(_raised(rows, limit, middle, first)) <= budget else (middle + 1, high)
-    return _raised(rows, limit, low, first)
 
 
 def _neighbours(regions: Sequence[int], num_regions: int) -> Tensor:
@@ -203,23 +202,25 @@ def _neighbours(regions: Sequence[int], num_regions: int) -> Tensor:
     )
 
 
-def _spread(weights: Tensor, needed: float, density: Tensor) -> list[bool]:
-    """Which of the steps visited are skipped whole: at least ``needed`` of their weight, spread evenly by ``density``."""
-    may = torch.ones(len(weights), dtype=torch.float64, device="cpu")
-    may[:NUM_DENSE] = 0
-    density = density * may
-    density = density * needed / max(float((density * weights).sum()), 1e-12)
-    skipped, owed = [], 0.0
-    for weight, rate in zip(weights.tolist(), density.tolist(), strict=True):
+def _whole_steps(weights: Tensor, needed: float, density: Tensor, all_skipped: Rows) -> tuple[Rows, list[Rows]]:
+    """A table that skips some of the steps visited whole, spread evenly by ``density``: the number of them that comes nearest to
+    ``needed`` of the weight. And limits to raise it to for what that lacks: one step more each, those first that are due next."""
+    density = density.clone()
+    density[:NUM_DENSE] = 0
+    density *= needed / max(float((density * weights).sum()), 1e-12)
+    dense = [0] * len(all_skipped[0])
+    rows, due, owed = [], [], 0.0
+    for weight, rate, skipped in zip(weights.tolist(), density.tolist(), all_skipped, strict=True):
         owed += rate * weight
-        skips = rate > 0 and owed >= weight * (1 - 1e-9)
+        skips = rate > 0 and owed >= weight / 2 * (1 - 1e-9)
+        due.append(owed / max(weight, 1e-12))
         owed -= weight * skips
-        skipped.append(skips)
-    for place in range(len(skipped) - 1, NUM_DENSE - 1, -1):  # what is still owed
-        if owed > 1e-9 and not skipped[place]:
-            skipped[place] = True
-            owed -= float(weights[place])
-    return skipped
+        rows.append(skipped if skips else dense)
+    limits = []
+    for place in sorted(range(NUM_DENSE, len(rows)), key=lambda place: (-due[place], -place)):
+        if rows[place] == dense:
+            limits.append([all_skipped[place] if at == place else dense for at in range(len(rows))])
+    return rows, [*limits, all_skipped]
 
 
 def _by_blocks(
@@ -247,9 +248,8 @@ def swap_steps(
 
     visited: of which the first keeps its row. error: of a table and a degree. fits: whether a table is
     within the budget (steps that stand for several regions weigh more). calls: how often ``error`` may be called; it ends before
-    where no swap helps. Digits DiT, 20 steps, 60 calls on four pictures (examples/benchmarks/inside.md): the distance of eight
-    others is 0.00019 at half the FLOPs and 0.00003 at 0.65, where it was 0.0005 and 0.0002 without. Single blocks' ratios are left
-    where they are: moving those too was better on the four pictures, and no better, or worse, on others.
+    where no swap helps. Single blocks' ratios are left where they are: there are many more of them to try, and few pictures to try
+    them on.
     """
     rows, least = trial.rows, trial.error
     regions = visited.regions

@@ -118,7 +118,7 @@ class DiffCRConfig(_Options):
         token comes out as from the dense block; ``"stale"``: every token, the skipped ones with what they gave when last kept,
         which costs no FLOPs but the memory of a block's keys and values (two or so tensors of the tokens' size), and needs
         ``skip="reuse"``. The last two wherever the block's graph allows it (``explain`` says where not). None: all with reuse,
-        which is of little use without (examples/benchmarks/inside.md), else kept.
+        else kept.
     selection: which tokens are kept; ``"score"``: those with the highest router scores (the paper); ``"turn"``: those refreshed
         longest ago, interleaved over the picture, without a router; ``"score and turn"``: score plus a point for every step of
         age. The last two need ``skip="reuse"``; every token is then refreshed within a bounded number of steps. None: turn with
@@ -239,8 +239,8 @@ class CalibrationConfig(_Options):
         weights, merged into them at the end (the paper's text-to-image models; needs peft); ``"routers"``: weights frozen.
     lora_rank: of the adapters, >= 1 (the paper: 32).
     estimator: of the ratios' gradients (``diffcr_compile.learning``); ``"two-bin"`` (the paper, and its preset) runs each block
-        twice, ``"single-pass"`` (the default) once: a step takes little more than half the time, and the result was no worse
-        (examples/benchmarks/training_step.md, quality.md).
+        twice, ``"single-pass"`` (the default) once: a step takes a half to two thirds of the time
+        (examples/benchmarks/training_step.md).
     budget_kind: what the budget is a share of: dense ``"flops"``; ``"tokens"`` (the paper): the mean over blocks of the tokens
         kept; ``"latency"``: the dense model's time on the device at hand, measured block by block before learning, compiled
         where the model is lowered.

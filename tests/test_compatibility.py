@@ -1,4 +1,4 @@
-"""``examples/benchmarks/compatibility.json`` tells of the cells that there are, and what it leaves out as not applicable fails dense."""
+"""``examples/benchmarks/compatibility.json`` tells of every cell that there is; what it calls not applicable fails dense."""
 
 from __future__ import annotations
 

@@ -101,14 +101,14 @@ def as_markdown(cells: Cells) -> str:
         "",
         f"Made by `python examples/benchmarks/compatibility.py --write` with torch {torch.__version__}: diffusers' classes, tiny, "
         "random weights, float32, batch 3, half of the tokens skipped unless a line says otherwise. Each cell is a test of "
-        "`tests/compatibility` that compares outputs with the routed eager model's (to the bit where nothing changes numerics), and "
-        "sees that tokens are skipped: by those kept and torch's count of FLOPs, or, of compiled code, by outputs that are no dense "
-        "ones. Quantised: at most 1.5 times as far from the unquantised as the dense model is (float8, whose errors change "
+        "`tests/compatibility` that compares outputs with the routed eager model's (to the bit where nothing changes numerics), "
+        "and sees that tokens are skipped: by those kept and torch's count of FLOPs, or, of compiled code, by outputs that are no "
+        "dense ones. Quantised: at most 1.5 times as far from the unquantised as the dense model is (float8, whose errors change "
         "which tokens are kept, block by block; with float8 activations 2.1 times: keys and values have errors of their own, and "
-        "attention takes the mean of half as many), and lowered within 1e-5 of eager (int8 activations: 1.5 times what compiling "
-        "changes of the dense model). Offload is to and from the CPU. Order: transform, adapters and quantisation before it or after, "
-        "lower, then wrappers, hooks and sharding. Refused: a typed error that says what to do. Not yet: a known defect. Empty: not "
-        "tried.",
+        "attention takes the mean of half as many), and lowered within 1e-5 of eager (int8 activations: 1.5 times what "
+        "compiling changes of the dense model). Offload is to and from the CPU. Order: transform, adapters and quantisation "
+        "before it or after, lower, then wrappers, hooks and sharding. Refused: a typed error that says what to do. "
+        "Not yet: a known defect. Empty: not tried.",
     ]
     own = [line for line in sorted(cells) if not set(cells[line]) <= set(main)]
     _table(lines, [line for line in sorted(cells) if line not in own], main, cells, reasons)

@@ -109,6 +109,16 @@ def test_whole_steps_are_dense_or_skipped_and_the_first_two_are_dense() -> None:
     assert all({0} in kinds[place : place + 3] for place in range(len(kinds) - 2))
 
 
+def test_what_whole_steps_lack_is_taken_from_one_step_more() -> None:
+    """Half of 50 steps would do but for what is computed beside the blocks: no further step is given up for that."""
+    costs = hand_costs(3, fixed=30_000)
+    rows = propose_tables(suffering(50), once(list(range(49, -1, -1))), costs, 0.5, TOLERANCE)["whole steps"]
+    assert sum(row == [1000] * 3 for row in rows) == 25
+    (part,) = [row for row in rows if row not in ([0] * 3, [1000] * 3)]
+    assert 0 < max(part) < 200
+    assert 0.5 * (1 - TOLERANCE) <= costs.share(rows) <= 0.5
+
+
 def test_one_block_that_suffers_most_is_spared() -> None:
     rows = propose_tables(suffering(10), once([9, 6, 3, 0]), hand_costs(3), 0.7, TOLERANCE)["uniform, one block dense"]
     assert all(row[1] == 0 for row in rows)
@@ -301,7 +311,7 @@ def test_what_is_computed_on_the_recorded_steps_is_the_budget(
         for batch in batches:
             model(**batch)
     kept = [tokens.shape[1] / batches[0]["x"].shape[1] for calls in seen.kept.values() for tokens in calls]
-    assert 0.6 * (1 - 0.05) <= sum(kept) / len(kept) <= 0.6 + 1e-9
+    assert 0.6 * (1 - 0.1) <= sum(kept) / len(kept) <= 0.6 + 1e-9  # the mean over the regions is nearer
 
 
 def test_a_table_whose_outputs_are_not_finite_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,8 +279,8 @@ FLOAT8 = Float8WeightOnlyConfig()
 FLOAT8_DYNAMIC = Float8DynamicActivationFloat8WeightConfig()
 FLOAT8_BOTH = "float8 weights and activations (on the CPU, past torchao's check for a GPU)"
 ALLOWED = 1.5
-"""Times the quantised dense model's error against the dense model: on the same few numbers, half of the tokens have an error of their
-own about that (0.8 to 1.3 times, these five)."""
+"""Times the quantised dense model's error against the dense model: half of the tokens have an error of their own, which is
+about that."""
 
 
 @pytest.fixture
