@@ -1,18 +1,22 @@
 # make demo   calibrates a trained Diffusion Transformer and compares it with the dense one (about five minutes, two cores)
-# make test   passes the tests
+# make test   passes the tests (make nightly: with many times as many cases of each law)
 # Both make their own virtual environment. They use two: the tests' model zoo needs timm, and so torchvision, which fails to
 # import beside a CPU build of torch unless the tests' set-up mends it.
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test nightly lint types check clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest -n 2 $(ARGS)
+
+# thousands of cases of each law, and every cell of the matrix: hours
+nightly: .venv-test/ready
+	HYPOTHESIS_PROFILE=nightly .venv-test/bin/python -m pytest -n 2 $(ARGS)
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check --no-cache .

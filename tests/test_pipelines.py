@@ -289,7 +289,7 @@ def test_reuse_without_training(name: str) -> None:
     assert flops(name, model, num_inference_steps=LONG) < flops(name, original(name), num_inference_steps=LONG)
 
 
-@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan"])
 def test_fifty_steps(name: str) -> None:
     """With reuse one trajectory goes through all of them: each call is dense at the first step and at no other."""
     steps: dict[str, Any] = {"num_inference_steps": FIFTY}
@@ -411,6 +411,48 @@ def test_callback_is_called_and_may_change_the_latents(name: str) -> None:
     assert steps == list(range(num_calls // CASES[name].calls))
     assert not torch.equal(changed, picture)
     assert torch.equal(draw(name, model), picture)
+
+
+def test_callback_of_an_old_pipeline_is_called() -> None:
+    steps: list[int] = []
+    model = reusing("pixart", 0.5)
+    picture = draw("pixart", model, callback=lambda step, timestep, latents: steps.append(step), callback_steps=1)
+    assert steps == list(range(STEPS))
+    assert torch.equal(picture, draw("pixart", model))
+    assert not torch.equal(picture, plain("pixart"))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_a_sampling_that_a_callback_interrupts_leaves_the_next_one_alone(name: str) -> None:
+    model = reusing(name, 0.5)
+    picture = draw(name, model)
+
+    def interrupt(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        owner._interrupt = step >= 1
+        return tensors
+
+    assert not torch.equal(draw(name, model, callback_on_step_end=interrupt), picture)
+    assert torch.equal(draw(name, model), picture)
+
+
+def test_the_readmes_first_lines_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a pipeline that has its prompt embedded, and graphs run by ATen."""
+
+    class Pipeline:
+        transformer = copy.deepcopy(original("sd3"))
+
+        def __call__(self, prompt: str) -> None:
+            assert prompt
+            draw("sd3", self.transformer, num_inference_steps=LONG)
+
+    lower = diffcr_compile.lower
+    monkeypatch.setattr(diffcr_compile, "lower", lambda model: lower(model, backend="aot_eager"))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    names: dict[str, Any] = {"pipe": Pipeline()}
+    exec(readme.partition("```python\n")[2].partition("```")[0], names)  # noqa: S102
+    assert 0 < diffcr_compile.cost(names["model"]).share <= 0.65
+    picture = draw("sd3", names["model"], num_inference_steps=LONG)
+    assert not torch.equal(picture, plain("sd3", num_inference_steps=LONG))
 
 
 @every

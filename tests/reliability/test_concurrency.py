@@ -117,6 +117,22 @@ def test_threads_at_different_timesteps_compute_what_each_computes_alone(options
     assert not same_bits(alone[0][-1], alone[1][-1])
 
 
+@pytest.mark.parametrize("scope", ["regional", "full"])
+@pytest.mark.parametrize("options", [{}, REUSE], ids=["identity", "reuse"])
+def test_threads_of_a_lowered_model_at_different_timesteps_compute_what_each_computes_alone(
+    options: dict[str, Any], scope: Any
+) -> None:
+    """They meet at the model's own call; which row of the table each takes is told outside the graph."""
+    torch._dynamo.reset()
+    model = diffcr_compile.lower(model_of(**options), scope=scope, backend="aot_eager")
+    alone = [sample(model, SHAPE, steps, seed=index) for index, steps in enumerate(STEPS)]
+    diffcr_compile.reset(model)
+    with meeting_in(model, 2):
+        together = in_threads(*(lambda i=i, s=s: sample(model, SHAPE, s, seed=i) for i, s in enumerate(STEPS)))
+    assert all(same_bits(found, expected) for found, expected in zip(together, alone, strict=True))
+    assert not same_bits(alone[0][-1], alone[1][-1])
+
+
 def test_threads_with_batches_in_several_regions_compute_what_each_computes_alone() -> None:
     model = model_of()
     timesteps = [torch.tensor([10.0, 600.0, 990.0]), torch.tensor([990.0, 300.0, 20.0])]
