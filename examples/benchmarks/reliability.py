@@ -41,7 +41,7 @@ class Line:
     structures: bool = True
 
 
-LAWS = Line("laws of DESIGN.md, structures of a pool", ("tests/test_laws.py",), ("property cases",), structures=False)
+LAWS = Line("laws of `tests/test_laws.py`, structures of a pool", ("tests/test_laws.py",), ("property cases",), structures=False)
 LINES = (
     Line("the same, wider models, mixed timesteps", (f"{RELIABILITY}/test_generated.py",), ("property cases",)),
     Line(
