@@ -1,4 +1,4 @@
-"""The laws of DESIGN.md, section 3, over generated models: batch 3, samples that keep different tokens.
+"""The laws of routing over generated models: batch 3, samples that keep different tokens.
 
 Models are transformed once per structure and copied; sizes of the inputs, dtypes, ratios and masks are drawn. The nightly
 profile (``HYPOTHESIS_PROFILE=nightly``) draws structures too.

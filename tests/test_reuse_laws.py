@@ -1,4 +1,4 @@
-"""The laws of DESIGN.md, section 3, with ``skip="reuse"``: over drawn trajectories, tables, dtypes and sizes."""
+"""The laws of routing, with ``skip="reuse"``: over drawn trajectories, tables, dtypes and sizes."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ class Line:
     structures: bool = True
 
 
-LAWS = Line("laws of `tests/test_laws.py`, structures of a pool", ("tests/test_laws.py",), ("property cases",), structures=False)
+LAWS = Line(
+    "laws of `tests/test_laws.py`, structures of a pool", ("tests/test_laws.py",), ("property cases",), structures=False
+)
 LINES = (
     Line("the same, wider models, mixed timesteps", (f"{RELIABILITY}/test_generated.py",), ("property cases",)),
     Line(
@@ -90,7 +92,7 @@ def main() -> None:
     parser.add_argument("--free", action="store_true", help="draw the structures of the laws too")
     parser.add_argument("--cases", type=int, default=CASES, help="of each property")
     options = parser.parse_args()
-    laws = Line("laws of DESIGN.md, structures drawn", LAWS.tests, LAWS.counts) if options.free else LAWS
+    laws = Line("laws of `tests/test_laws.py`, structures drawn", LAWS.tests, LAWS.counts) if options.free else LAWS
     rows, statuses = [], []
     for line in (laws, *LINES):
         start = time.perf_counter()

@@ -439,7 +439,7 @@ def test_a_forward_that_was_set_before_lower_is_refused() -> None:
 
 
 def test_plain_torch_compile_takes_a_transformed_model_whole() -> None:
-    """DESIGN.md section 7: where the table has equal rows, without ``lower``."""
+    """Where the table has equal rows, without ``lower``."""
     model = routed(PLAIN)
     diffcr_compile.set_ratios(model, [[0.2, 0.5, 0.9]] * 4)
     expected = run(model)

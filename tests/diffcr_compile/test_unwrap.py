@@ -55,7 +55,7 @@ def call(name: str, model: Any) -> None:
 
 
 def test_every_function_of_a_model_is_here() -> None:
-    """As many as the README and DESIGN name: a guard against a signature that the search above misses."""
+    """As many as there are: a guard against a signature that the search above misses."""
     assert set(FUNCTIONS) == {
         *("transform", "restore", "save", "load", "explain", "cost", "lower", "calibrate", "reset"),
         *("ratios", "set_ratios", "record", "trace", "learning", "budget_loss"),
