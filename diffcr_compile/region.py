@@ -23,7 +23,7 @@ from .layout import grids_of_call
 from .plan import TimestepPlan
 from .primitives import half_of
 from .routed import STATE, ModelRouting, routing_of, settle
-from .trajectory import Trajectory
+from .trajectory import Trajectory, read_timesteps
 from .unwrap import unwrap
 
 _SLACK = 1e-3
@@ -80,12 +80,12 @@ def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> l
     by the host.
 
     values: a number, or a tensor of one value, of one per sample (B,), or of one per token (B, ...), whose largest counts.
-    Raises ValueError outside the range of training, which is fixed at ``transform``.
+    Raises ValueError outside the range of training, which is fixed at ``transform``; UnsupportedError for a tensor without values.
     """
     if isinstance(values, Tensor):
         values = values.detach()
         values = values.flatten(1).amax(dim=1) if values.ndim > 1 else values.reshape(-1)
-        numbers = [float(value) for value in values.tolist()]
+        numbers = read_timesteps(values)
     else:
         numbers = [float(values)]
     width = plan.high - plan.low

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .arguments import Path
@@ -28,6 +29,17 @@ from .plan import BlockPlan
 
 MAX_SLOTS = 4
 """Calls at one timestep that are told apart."""
+
+
+def read_timesteps(values: Tensor) -> list[float]:
+    """Numbers of a tensor (B,), read by the host. Raises UnsupportedError where it has none: on the meta device, and a fake one."""
+    if values.is_meta or isinstance(values, FakeTensor):
+        kind = "meta" if values.is_meta else "fake"
+        raise UnsupportedError(
+            f"which row of the table applies goes by the timestep's value, and a {kind} tensor has none. Pass a timestep with a value; "
+            "or, where only shapes matter, use skip='identity', router='token' and a table with equal rows."
+        )
+    return [float(value) for value in values.tolist()]
 
 
 @dataclass(eq=False)
@@ -65,7 +77,7 @@ class Trajectory:
         self._arrive(timestep)
         given = given or {}
         look = {path: (tensor.shape, tensor.dtype, tensor.device) for path, tensor in given.items()}
-        before, values = self._values, tuple(self.now.tolist())
+        before, values = self._values, tuple(read_timesteps(self.now))
         direction = _direction(before, values)
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
             self.slot += 1

@@ -6,6 +6,7 @@ of the routed model that was moved is in the second. Where there is no such seco
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable
@@ -179,6 +180,19 @@ def test_under_fake_tensors_shapes_are_the_plain_models(options: dict[str, Any])
         inputs = torch.utils._pytree.tree_map(mode.from_tensor, tiny_inputs(SHAPE, num_tokens=13))
         output = model(**inputs)
     assert output.shape == (3, 13, 5)
+    assert same_bits(sample(model, SHAPE, STEPS), expected)
+
+
+@every
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_rows_that_differ_ask_for_a_timestep_with_a_value(options: dict[str, Any], kind: str) -> None:
+    model = model_of(options)
+    expected = sample(model, SHAPE, STEPS)
+    other = copy.deepcopy(model).to("meta") if kind == "meta" else model
+    with FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext() as mode:
+        place = mode.from_tensor if mode else lambda tensor: tensor.to("meta")
+        with pytest.raises(diffcr_compile.UnsupportedError, match=f"a {kind} tensor has none"):
+            other(**torch.utils._pytree.tree_map(place, tiny_inputs(SHAPE, num_tokens=13)))
     assert same_bits(sample(model, SHAPE, STEPS), expected)
 
 
