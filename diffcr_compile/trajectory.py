@@ -32,12 +32,12 @@ MAX_SLOTS = 4
 
 
 def read_timesteps(values: Tensor) -> list[float]:
-    """Numbers of a tensor (B,), read by the host. Raises UnsupportedError where it has none: on the meta device, and a fake one."""
+    """Numbers of a tensor (B,), read by the host. Raises UnsupportedError where it has none: on the meta device, or fake."""
     if values.is_meta or isinstance(values, FakeTensor):
         kind = "meta" if values.is_meta else "fake"
         raise UnsupportedError(
-            f"which row of the table applies goes by the timestep's value, and a {kind} tensor has none. Pass a timestep with a value; "
-            "or, where only shapes matter, use skip='identity', router='token' and a table with equal rows."
+            f"which row of the table applies goes by the timestep's value, and a {kind} tensor has none. Pass a timestep with a "
+            "value; or, where only shapes matter, use skip='identity', router='token' and a table with equal rows."
         )
     return [float(value) for value in values.tolist()]
 
