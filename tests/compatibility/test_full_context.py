@@ -41,6 +41,9 @@ ALLOWED = 1.5
 SAVED = 0.9
 """Of the dense FLOPs of a trajectory: its first step is dense, and in the others keys and values come from all tokens."""
 
+EXTRAPOLATED = 5**0.5
+"""Times the rounding of one update: what a line through two, twice the last less the one before, has at the next step."""
+
 MERGED = 1e-4
 """Of the largest value, float32: an adapter beside its layer, and merged into it."""
 
@@ -112,7 +115,7 @@ def test_float8(name: str) -> None:
 def test_bfloat16(name: str) -> None:
     _writes_graphs_of(name)
     model, dense = reusing(name).bfloat16(), plain(name).bfloat16()
-    allowed = ALLOWED * _differ(follow(dense, name, torch.bfloat16), follow(plain(name), name))
+    allowed = EXTRAPOLATED * _differ(follow(dense, name, torch.bfloat16), follow(plain(name), name))
     assert 0 < _differ(follow(model, name, torch.bfloat16), follow(reusing(name), name)) < allowed
     dense_flops = reference_flops(lambda: follow(dense, name, torch.bfloat16))
     assert reference_flops(lambda: follow(model, name, torch.bfloat16)) < SAVED * dense_flops
