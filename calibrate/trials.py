@@ -204,23 +204,23 @@ def _neighbours(regions: Sequence[int], num_regions: int) -> Tensor:
 
 def _whole_steps(weights: Tensor, needed: float, density: Tensor, all_skipped: Rows) -> tuple[Rows, list[Rows]]:
     """A table that skips some of the steps visited whole, spread evenly by ``density``: the number of them that comes nearest to
-    ``needed`` of the weight. And limits to raise it to for what that lacks: one step more each, those first that are due next."""
+    ``needed`` of the weight, each as late as it is due, since errors of early steps decide what a picture becomes. And limits to
+    raise it to for what that lacks: one step more each, from the last on."""
     density = density.clone()
     density[:NUM_DENSE] = 0
     density *= needed / max(float((density * weights).sum()), 1e-12)
     dense = [0] * len(all_skipped[0])
-    rows, due, owed = [], [], 0.0
-    for weight, rate, skipped in zip(weights.tolist(), density.tolist(), all_skipped, strict=True):
+    skips, owed = [], 0.0
+    for weight, rate in zip(weights.tolist(), density.tolist(), strict=True):
         owed += rate * weight
-        skips = rate > 0 and owed >= weight / 2 * (1 - 1e-9)
-        due.append(owed / max(weight, 1e-12))
-        owed -= weight * skips
-        rows.append(skipped if skips else dense)
-    limits = []
-    for place in sorted(range(NUM_DENSE, len(rows)), key=lambda place: (-due[place], -place)):
-        if rows[place] == dense:
-            limits.append([all_skipped[place] if at == place else dense for at in range(len(rows))])
-    return rows, [*limits, all_skipped]
+        skips.append(rate > 0 and owed >= weight * (1 - 1e-9))
+        owed -= weight * skips[-1]
+    others = [place for place in range(len(skips) - 1, NUM_DENSE - 1, -1) if not skips[place]]
+    while others and owed >= float(weights[others[0]]) / 2:
+        owed -= float(weights[others[0]])
+        skips[others.pop(0)] = True
+    limits = [[row if at == place else dense for at, row in enumerate(all_skipped)] for place in others]
+    return [row if skip else dense for row, skip in zip(all_skipped, skips, strict=True)], [*limits, all_skipped]
 
 
 def _by_blocks(
