@@ -1,4 +1,4 @@
-# make demo   calibrates a trained Diffusion Transformer and compares it with the dense one (about five minutes, two cores)
+# make demo   calibrates a trained Diffusion Transformer and compares it with the dense one (four to nine minutes, two cores)
 # make test   passes the tests (make nightly: with many times as many cases of each law)
 # Both make their own virtual environment. They use two: the tests' model zoo needs timm, and so torchvision, which fails to
 # import beside a CPU build of torch unless the tests' set-up mends it.
