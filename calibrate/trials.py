@@ -168,8 +168,11 @@ def propose_tables(
 
 
 def _within(rows: Rows, limits: Iterable[Rows], share: Callable[[Rows], float], budget: float) -> Rows:
-    """``rows`` raised towards one limit after the other, by as little as meets the budget, or by all of them."""
+    """A copy of ``rows``, raised towards one limit after the other by as little as meets the budget, or by all of them."""
+    rows = [list(row) for row in rows]
     for limit in limits:
+        if share(rows) <= budget:
+            break
         low, high = 0, SCALE
         while low < high:
             middle = (low + high) // 2

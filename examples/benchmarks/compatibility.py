@@ -1,6 +1,6 @@
 """Compatibility: what routing holds together with, row by row and model by model, from the tests in ``tests/compatibility``.
 
-    python examples/benchmarks/compatibility.py [--write] [PYTEST ARGUMENT ...]     # three quarters of an hour on a core
+    python examples/benchmarks/compatibility.py [--write] [PYTEST ARGUMENT ...]     # an hour on a core
 
 Each cell is a test that compares numbers. ``--write`` renews ``compatibility.md`` and its raw ``compatibility.json``, or in
 them the cells that ran; further arguments go to pytest (``-k lora``).

@@ -101,11 +101,7 @@ def test_regional(name: str) -> None:
     for one in (model, eager):
         diffcr_compile.set_ratios(one, rows)
     diffcr_compile.lower(model, scope="regional", backend=counter)
-    for _ in range(2):
-        for step in STEPS:
-            given = at_timestep(name, inputs(name), step)
-            assert_bits(run(model, given), run(eager, given))
-            assert_skips(name, run(model, given), given)
+    _assert_follows(name, model, eager)
     assert counter.frame_count == _graphs(name, eager)
 
 
@@ -118,12 +114,18 @@ def test_whole(name: str) -> None:
     for one in (model, eager):
         diffcr_compile.set_ratios(one, rows)
     diffcr_compile.lower(model, scope="full", backend=counter)
+    _assert_follows(name, model, eager)
+    assert counter.frame_count == len(rows.unique(dim=0)) == len(STEPS) - 1
+
+
+def _assert_follows(name: str, model: nn.Module, eager: nn.Module) -> None:
+    """The eager routed model's bits, twice through the steps."""
     for _ in range(2):
         for step in STEPS:
             given = at_timestep(name, inputs(name), step)
-            assert_bits(run(model, given), run(eager, given))
-            assert_skips(name, run(model, given), given)
-    assert counter.frame_count == len(rows.unique(dim=0)) == len(STEPS) - 1
+            found = run(model, given)
+            assert_bits(found, run(eager, given))
+            assert_skips(name, found, given)
 
 
 @row(
