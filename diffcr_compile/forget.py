@@ -41,8 +41,9 @@ def forget_fakes() -> bool:
     Caches are emptied of it, or whole; a variable or an attribute that held it is None, as before the first call of code that makes
     its tables once. To be called when nothing of the runs themselves is left; it costs nothing where nothing else is.
     """
-    if _RUNS.alive():
-        gc.collect()
+    for generation in range(3):  # cycles of a run that has just ended are young: the whole heap is seldom looked through
+        if _RUNS.alive():
+            gc.collect(generation)
     modes = {id(mode) for mode in _RUNS.alive()}
     _RUNS.modes.clear()
     found: list[Any] = []

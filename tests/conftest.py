@@ -34,11 +34,20 @@ _torchvision = importlib.import_module("torchvision_operators").define()
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 settings.register_profile("ci", _PATIENT, derandomize=True, max_examples=20)
 settings.register_profile("nightly", _PATIENT, max_examples=int(os.environ.get("HYPOTHESIS_CASES", "300")))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+settings.load_profile(_PROFILE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--renew-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is for the night out of every other profile."""
+    left_out = [item for item in items if item.get_closest_marker("nightly")] if _PROFILE != "nightly" else []
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +108,11 @@ def row(
 
     models: the columns. without: models to which the line does not apply, with the reason. fails: models at which it is known
     not to hold, with the reason (strictly: a cell that begins to work must be taken out). slow: models at which it takes long (a
-    compilation, or a transform of its own).
+    compilation, or a transform of its own): one of them, another from line to line, runs in CI, and the rest every night.
     """
     without, fails = without or {}, fails or {}
+    slow = [name for name in slow if name in models and name not in without]
+    daily = slow[zlib.crc32(title.encode()) % len(slow)] if slow else None
 
     def place(test: Callable[..., None]) -> Callable[..., None]:
         cells = []
@@ -120,7 +123,7 @@ def row(
             if name in fails:
                 marks.append(pytest.mark.xfail(strict=True, reason=fails[name]))
             if name in slow:
-                marks.append(pytest.mark.slow)
+                marks.append(pytest.mark.slow if name == daily else pytest.mark.nightly)
             cells.append(pytest.param(name, marks=marks))
         test.matrix = Place(number, title)  # type: ignore[attr-defined]
         CELLS.extend((Place(number, title), name) for name in models)

@@ -3,11 +3,9 @@ or is refused; what stands around its calls is let be."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import accelerate
-import pytest
 import torch
 from models import reference_flops, relative_error
 from peft import LoraConfig, inject_adapter_in_model
@@ -48,12 +46,6 @@ MERGED = 1e-4
 """Of the largest value, float32: an adapter beside its layer, and merged into it."""
 
 
-def _writes_graphs_of(name: str) -> None:
-    """Of every family anew, which takes up to a minute for the larger ones."""
-    if name in LARGE and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
-        pytest.skip("takes up to a minute: run with HYPOTHESIS_PROFILE=nightly")
-
-
 def _half(name: str, model: nn.Module) -> None:
     """Skipping goes on: a further step has half of the tokens computed in some block."""
     with diffcr_compile.trace(model) as seen:
@@ -68,7 +60,6 @@ def _differ(first: list[Any], second: list[Any]) -> float:
 
 @row(12, "LoRA after transform: load, merge", slow=LARGE)
 def test_lora(name: str) -> None:
-    _writes_graphs_of(name)
     model, bare = reusing(name), follow(reusing(name), name)
     torch.manual_seed(0)
     adapters = LoraConfig(r=3, target_modules=list(TINY[name].targets), init_lora_weights=False)
@@ -87,7 +78,6 @@ def test_lora(name: str) -> None:
 
 def _quantised(name: str, config: Any) -> None:
     """As far from the plain one as the dense model is, by each step's error; tokens take turns alike."""
-    _writes_graphs_of(name)
     model, dense = reusing(name), plain(name)
     quantize_(model, config)
     quantize_(dense, config)
@@ -113,7 +103,6 @@ def test_float8(name: str) -> None:
 
 @row(12, "bfloat16 after transform", slow=LARGE)
 def test_bfloat16(name: str) -> None:
-    _writes_graphs_of(name)
     model, dense = reusing(name).bfloat16(), plain(name).bfloat16()
     allowed = EXTRAPOLATED * _differ(follow(dense, name, torch.bfloat16), follow(plain(name), name))
     assert 0 < _differ(follow(model, name, torch.bfloat16), follow(reusing(name), name)) < allowed
