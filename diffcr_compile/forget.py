@@ -41,7 +41,8 @@ def forget_fakes() -> bool:
     Caches are emptied of it, or whole; a variable or an attribute that held it is None, as before the first call of code that makes
     its tables once. To be called when nothing of the runs themselves is left; it costs nothing where nothing else is.
     """
-    for generation in range(3):  # cycles of a run that has just ended are young: the whole heap is seldom looked through
+    # cycles of a run that has just ended are young: the whole heap is seldom looked through
+    for generation in range(3):
         if _RUNS.alive():
             gc.collect(generation)
     modes = {id(mode) for mode in _RUNS.alive()}
