@@ -154,17 +154,23 @@ def propose_tables(
     needed = (1 - budget) / max(1 - costs.minimum_share, 1e-9)
     evenly = torch.ones(len(regions), dtype=torch.float64, device="cpu")
     late = 0.5 + torch.linspace(0, 1, len(regions), dtype=torch.float64, device="cpu")
+    whole = {
+        f"whole steps{when}{how}": _whole_steps(weights, needed, density, all_skipped, part)
+        for when, density in (("", evenly), (", later ones", late))
+        for how, part in (("", 0.5), (", blocks of one given back", 0.0))
+    }
     proposed = {
         "block by block": (_by_blocks(suffering, regions, weights, costs, budget, first), [all_skipped]),
         "uniform": (all_dense, [all_skipped]),
         "uniform, one block dense": (all_dense, [[dense] * first + [spared] * others]),
-        "whole steps": _whole_steps(weights, needed, evenly, all_skipped),
-        "whole steps, later ones": _whole_steps(weights, needed, late, all_skipped),
+        **whole,
     }
-    tables = {name: _within(rows, limits, share, budget) for name, (rows, limits) in proposed.items()}
-    return {
-        name: expand(use_up(rows, share, budget, tolerance)) for name, rows in tables.items() if share(rows) <= budget
-    }
+    tables: dict[str, Rows] = {}
+    for name, (rows, limits) in proposed.items():
+        table = _within(rows, limits, share, budget)
+        if share(table) <= budget and table not in tables.values():
+            tables[name] = table
+    return {name: expand(use_up(table, share, budget, tolerance)) for name, table in tables.items()}
 
 
 def _within(rows: Rows, limits: Iterable[Rows], share: Callable[[Rows], float], budget: float) -> Rows:
@@ -205,10 +211,12 @@ def _neighbours(regions: Sequence[int], num_regions: int) -> Tensor:
     )
 
 
-def _whole_steps(weights: Tensor, needed: float, density: Tensor, all_skipped: Rows) -> tuple[Rows, list[Rows]]:
-    """A table that skips some of the steps visited whole, spread evenly by ``density``: the number of them that comes nearest to
-    ``needed`` of the weight, each as late as it is due, since errors of early steps decide what a picture becomes. And limits to
-    raise it to for what that lacks: one step more each, from the last on."""
+def _whole_steps(
+    weights: Tensor, needed: float, density: Tensor, all_skipped: Rows, part: float
+) -> tuple[Rows, list[Rows]]:
+    """A table that skips some of the steps visited whole, spread evenly by ``density``, each as late as it is due, since errors of
+    early steps decide what a picture becomes: as many as ``needed`` of the weight asks for, and one more where more than ``part``
+    of it is lacking. And limits to raise it to for what it lacks then: one step more each, from the last on."""
     density = density.clone()
     density[:NUM_DENSE] = 0
     density *= needed / max(float((density * weights).sum()), 1e-12)
@@ -219,7 +227,7 @@ def _whole_steps(weights: Tensor, needed: float, density: Tensor, all_skipped: R
         skips.append(rate > 0 and owed >= weight * (1 - 1e-9))
         owed -= weight * skips[-1]
     others = [place for place in range(len(skips) - 1, NUM_DENSE - 1, -1) if not skips[place]]
-    while others and owed >= float(weights[others[0]]) / 2:
+    while others and owed > max(part * float(weights[others[0]]), 1e-9):
         owed -= float(weights[others[0]])
         skips[others.pop(0)] = True
     limits = [[row if at == place else dense for at, row in enumerate(all_skipped)] for place in others]

@@ -21,9 +21,8 @@ def main() -> None:
     noise = torch.randn(4, 1, digits.CANVAS_SIZE, digits.CANVAS_SIZE, generator=torch.Generator().manual_seed(0))
     dense = digits.sample(model, labels, steps=STEPS, noise=noise)
 
-    with diffcr_compile.record(
-        model
-    ) as batches:  # pictures of its own: the table is not fitted to those compared below
+    # pictures of its own: the table is not fitted to those compared below
+    with diffcr_compile.record(model) as batches:
         digits.sample(model, labels[:2], steps=STEPS, generator=torch.Generator().manual_seed(1))
     # Tokens take turns; the others reuse their last updates, extrapolated. Exact until a table asks for compression.
     diffcr_compile.transform(model, DiffCRConfig(skip="reuse"), example_inputs=batches[0])

@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 100)  # graphs are many small objects, and what is imported here is a million of them
 logging.getLogger("torch.__trace").disabled = True  # thousands of records for a test that fails
 
 

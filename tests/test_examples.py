@@ -18,7 +18,7 @@ from diffcr_compile import DiffCRConfig
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("0*.py"))
 LONGEST = 79  # lines
-ARGUMENTS = {"06_lower": ["--backend", "aot_eager"]}
+ARGUMENTS = {"04_training_free": ["--steps", "6"], "06_lower": ["--backend", "aot_eager"]}
 BUDGETED = {"04_training_free": 3, "03_your_own_dit": 2}
 """How many shares a script prints with their budgets, where not one."""
 

@@ -277,7 +277,7 @@ def test_calibrate_routers_on_recorded_batches(name: str) -> None:
     assert torch.equal(draw(name, diffcr_compile.restore(model)), plain(name))
 
 
-@every
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.nightly] * (" " in name)) for name in CASES])
 def test_reuse_without_training(name: str) -> None:
     model = reusing(name, 0.0)
     with diffcr_compile.record(model) as batches:

@@ -206,7 +206,10 @@ def test_threads_do_not_share_a_trajectory(context: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["regional", "full"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(shape, id=shape.kind, marks=[pytest.mark.nightly] * (shape.kind == "rotary")) for shape in SHAPES],
+)
 @every_token
 def test_lowered_equals_eager(scope: str, shape: Shape, context: str) -> None:
     torch._dynamo.reset()
@@ -282,7 +285,10 @@ def test_a_lowered_model_forgets_what_it_no_longer_skips(scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["regional", "full"])
-@pytest.mark.parametrize(("skip", "context"), [("identity", "all"), ("reuse", "all"), ("reuse", "stale")])
+@pytest.mark.parametrize(
+    ("skip", "context"),
+    [("identity", "all"), pytest.param("reuse", "all", marks=pytest.mark.nightly), ("reuse", "stale")],
+)
 def test_a_wrapped_layer_is_not_passed_by_when_lowered(scope: str, skip: str, context: str) -> None:
     """An adapter with the layer's own attributes, put on after the graphs were made."""
     torch._dynamo.reset()

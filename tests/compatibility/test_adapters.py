@@ -26,7 +26,6 @@ from torchao.quantization import (
 
 import diffcr_compile
 from compatibility.matrix import (
-    LARGE,
     ROUNDING,
     SKIPPED,
     TINY,
@@ -124,7 +123,7 @@ def test_lora_after(name: str) -> None:
     assert_routes(name, model)
 
 
-@row(4, "LoRA before transform: fuse, unfuse, restored with it", slow=LARGE)
+@row(4, "LoRA before transform: fuse, unfuse, restored with it", slow=tuple(TINY))
 def test_lora_before(name: str) -> None:
     weights, given = _weights(name), inputs(name)
     expected = run(_merged(routed(name, first=True), weights), given)
@@ -143,7 +142,7 @@ def test_lora_before(name: str) -> None:
     assert_close(run(model, given), dense, MERGED)
 
 
-@row(4, "LoRA after lower: load, fuse", slow=LARGE)
+@row(4, "LoRA after lower: load, fuse", slow=tuple(TINY))
 def test_lora_after_lower(name: str) -> None:
     torch._dynamo.reset()
     weights, given = _weights(name), inputs(name)
@@ -200,7 +199,7 @@ def test_diffusers_lora(name: str) -> None:
     assert_routes(name, model)
 
 
-@row(4, "hot-swap of a compiled routed model, without recompilation", slow=LARGE)
+@row(4, "hot-swap of a compiled routed model, without recompilation", slow=tuple(TINY))
 def test_hot_swap(name: str) -> None:
     torch._dynamo.reset()
     first, second, given = _weights(name), _weights(name, 1), inputs(name)
@@ -222,7 +221,7 @@ def test_hot_swap(name: str) -> None:
     4,
     "LoRA of one's own, trained by calibrate: saved, loaded elsewhere with the routing, fused, unfused, hot-swapped",
     without=_NO_LOADER,
-    slow=LARGE,
+    slow=tuple(TINY),
 )
 def test_trained_lora(name: str, tmp_path: Path) -> None:
     model, given = routed(name, 0.0), inputs(name)
@@ -367,23 +366,23 @@ def _check_before(name: str, config: Any) -> None:
     assert_bits(run(model, given), run(_quantised(plain(name), config), given))
 
 
-@row(5, "int8 weights before transform", slow=LARGE)
+@row(5, "int8 weights before transform", slow=tuple(TINY))
 def test_int8_before(name: str) -> None:
     _check_before(name, INT8)
 
 
-@row(5, "int8 weights and activations before transform", slow=LARGE)
+@row(5, "int8 weights and activations before transform", slow=tuple(TINY))
 def test_int8_dynamic_before(name: str) -> None:
     _check_before(name, INT8_DYNAMIC)
 
 
-@row(5, "float8 weights before transform", slow=LARGE)
+@row(5, "float8 weights before transform", slow=tuple(TINY))
 def test_float8_before(name: str) -> None:
     _check_before(name, FLOAT8)
 
 
 @pytest.mark.usefixtures("float8_anywhere")
-@row(5, f"{FLOAT8_BOTH} before transform", slow=LARGE)
+@row(5, f"{FLOAT8_BOTH} before transform", slow=tuple(TINY))
 def test_float8_dynamic_before(name: str) -> None:
     _check_before(name, FLOAT8_DYNAMIC)
 

@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffcr_compile
 from compatibility.matrix import (
-    LARGE,
     TINY,
     assert_bits,
     assert_close,
@@ -55,7 +54,7 @@ def layerwise(name: str, *, first: bool = False) -> nn.Module:
 # Row 1
 
 
-@row(1, "fullgraph: three resolutions in one graph; other batch sizes", slow=LARGE)
+@row(1, "fullgraph: three resolutions in one graph; other batch sizes", slow=tuple(TINY))
 def test_dynamic_shapes(name: str) -> None:
     """Dynamo makes a graph of its own for a size of one, dense too. FLUX' blocks run under torch.vmap, which takes no symbolic
     sizes: such a graph calls them sample by sample, and is one of its batch size."""
@@ -76,7 +75,7 @@ def test_dynamic_shapes(name: str) -> None:
     assert counter.frame_count == (3 if one_by_one else 2)
 
 
-@row(1, "compiled and run dense, then transformed", slow=LARGE)
+@row(1, "compiled and run dense, then transformed", slow=tuple(TINY))
 def test_compiled_before(name: str) -> None:
     """Graphs of the dense model are there, and must not be taken."""
     model, given, counter = plain(name), inputs(name), CompileCounterWithBackend("eager")
@@ -94,7 +93,7 @@ def test_compiled_before(name: str) -> None:
 # Row 2
 
 
-@row(2, "lower: one graph per family, capacity and layout over a loop of four steps", slow=LARGE)
+@row(2, "lower: one graph per family, capacity and layout over a loop of four steps", slow=tuple(TINY))
 def test_regional(name: str) -> None:
     model, eager, counter = routed(name), routed(name), CompileCounterWithBackend("eager")
     rows = table(model)
@@ -105,7 +104,7 @@ def test_regional(name: str) -> None:
     assert counter.frame_count == _graphs(name, eager)
 
 
-@row(2, "lower whole: one graph per distinct row over a loop of four steps", slow=LARGE)
+@row(2, "lower whole: one graph per distinct row over a loop of four steps", slow=tuple(TINY))
 def test_whole(name: str) -> None:
     """The first and the last region's rows are made the same."""
     model, eager, counter = routed(name), routed(name), CompileCounterWithBackend("eager")
@@ -131,7 +130,7 @@ def _assert_follows(name: str, model: nn.Module, eager: nn.Module) -> None:
 @row(
     2,
     "blocks compiled in place, recompile_limit at the number of these",
-    slow=LARGE,
+    slow=tuple(TINY),
 )
 def test_blocks_in_place(name: str) -> None:
     """Layers of one capacity share a graph."""
@@ -201,7 +200,7 @@ def test_cuda_graphs_with_reuse(name: str) -> None:
 # Row 3
 
 
-@row(3, "torch.export, saved and loaded", slow=LARGE)
+@row(3, "torch.export, saved and loaded", slow=tuple(TINY))
 def test_export(name: str) -> None:
     model, given = layerwise(name), inputs(name)
     program = torch.export.export(model, (), given, strict=False)

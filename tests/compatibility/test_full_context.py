@@ -19,7 +19,6 @@ from torchao.quantization import (
 
 import diffcr_compile
 from compatibility.matrix import (
-    LARGE,
     SKIPPED,
     TINY,
     assert_bits,
@@ -58,7 +57,7 @@ def _differ(first: list[Any], second: list[Any]) -> float:
     return max(relative_error(one, other) for one, other in zip(first, second, strict=True))
 
 
-@row(12, "LoRA after transform: load, merge", slow=LARGE)
+@row(12, "LoRA after transform: load, merge", slow=tuple(TINY))
 def test_lora(name: str) -> None:
     model, bare = reusing(name), follow(reusing(name), name)
     torch.manual_seed(0)
@@ -86,22 +85,22 @@ def _quantised(name: str, config: Any) -> None:
     _half(name, model)
 
 
-@row(12, "int8 weights after transform", slow=LARGE)
+@row(12, "int8 weights after transform", slow=tuple(TINY))
 def test_int8(name: str) -> None:
     _quantised(name, Int8WeightOnlyConfig())
 
 
-@row(12, "int8 weights and activations after transform", slow=LARGE)
+@row(12, "int8 weights and activations after transform", slow=tuple(TINY))
 def test_int8_dynamic(name: str) -> None:
     _quantised(name, Int8DynamicActivationInt8WeightConfig())
 
 
-@row(12, "float8 weights after transform", slow=LARGE)
+@row(12, "float8 weights after transform", slow=tuple(TINY))
 def test_float8(name: str) -> None:
     _quantised(name, Float8WeightOnlyConfig())
 
 
-@row(12, "bfloat16 after transform", slow=LARGE)
+@row(12, "bfloat16 after transform", slow=tuple(TINY))
 def test_bfloat16(name: str) -> None:
     model, dense = reusing(name).bfloat16(), plain(name).bfloat16()
     allowed = EXTRAPOLATED * _differ(follow(dense, name, torch.bfloat16), follow(plain(name), name))
@@ -130,7 +129,7 @@ def test_layerwise_casting(name: str, record_property: Any) -> None:
     assert "context='kept'" in refused(record_property, follow, model, name)
 
 
-@row(12, "lower, whole and by block, over a loop of four steps: as eagerly", slow=LARGE)
+@row(12, "lower, whole and by block, over a loop of four steps: as eagerly", slow=tuple(TINY))
 def test_lowered(name: str) -> None:
     """Their graphs, run by ATen: Inductor's code is tried with the default options above."""
     expected = follow(reusing(name), name)

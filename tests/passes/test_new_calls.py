@@ -6,6 +6,7 @@ The oracle knows nothing of any plan: the original block, run on each sample's k
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,14 +123,20 @@ class TwiceDenoiser(Denoiser):
         return x * timestep.view(-1, 1, 1).cos()
 
 
-def build(kind: type[nn.Module] = Denoiser, config: DiffCRConfig | None = None, **given: Any) -> nn.Module:
-    """A transformed model at a ratio of one half, analysed on the inputs of :func:`inputs` and ``given``."""
+@functools.cache
+def _build(kind: type[nn.Module], config: DiffCRConfig | None, masked: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = kind().eval()
+    given = {"mask": mask_of(BATCH, 1)} if masked else {}
     diffcr_compile.transform(model, config, example_inputs=inputs(**given))
     diffcr_compile.set_ratios(model, 0.5)
     return model
+
+
+def build(kind: type[nn.Module] = Denoiser, config: DiffCRConfig | None = None, *, masked: bool = False) -> nn.Module:
+    """A transformed model at a ratio of one half, analysed on the inputs of :func:`inputs`, and a mask: a new copy at each call."""
+    return copy.deepcopy(_build(kind, config, masked))
 
 
 def inputs(batch: int = BATCH, seed: int = 0, timestep: float = 500.0, **given: Any) -> dict[str, Any]:
@@ -226,13 +233,13 @@ def test_a_control_residual_given_only_later() -> None:
 
 
 def test_given_first_and_then_none(kind: type[nn.Module]) -> None:
-    model = build(kind, mask=mask_of(BATCH, 1))
+    model = build(kind, masked=True)
     check(model, inputs(mask=None))
     check(model, inputs(seed=1, mask=mask_of(BATCH, 1)))
 
 
 def test_both_kinds_in_one_forward() -> None:
-    model = build(TwiceDenoiser, mask=mask_of(BATCH, 1))
+    model = build(TwiceDenoiser, masked=True)
     assert num_kinds(model) == [1, 1, 1]
     check(model, inputs(mask=mask_of(BATCH, 1)), num_calls=6)
     assert num_kinds(model) == [2, 2, 2]
@@ -262,7 +269,7 @@ def test_one_sample_is_enough(kind: type[nn.Module]) -> None:
 def test_the_model_analysed_with_the_input_gives_the_same(kind: type[nn.Module]) -> None:
     given = inputs(mask=mask_of(BATCH, 1))
     with torch.no_grad():
-        assert same_bits(build(kind)(**given), build(kind, mask=given["mask"])(**given))
+        assert same_bits(build(kind)(**given), build(kind, masked=True)(**given))
 
 
 def test_nothing_is_analysed_where_nothing_is_skipped() -> None:
@@ -472,7 +479,7 @@ def test_threads_that_meet_it_at_once_look_once(monkeypatch: pytest.MonkeyPatch)
 def test_the_cost_of_the_new_kind_is_counted(config: DiffCRConfig | None) -> None:
     model = build(config=config)
     given = inputs(mask=mask_of(BATCH, 1))
-    assert diffcr_compile.cost(model, given) == diffcr_compile.cost(build(config=config, mask=given["mask"]), given)
+    assert diffcr_compile.cost(model, given) == diffcr_compile.cost(build(config=config, masked=True), given)
     assert num_kinds(model) == [2, 2, 2]
     with pytest.raises(diffcr_compile.CaptureError, match=r"not analysed for .*order"):
         diffcr_compile.cost(model, inputs(order=True))

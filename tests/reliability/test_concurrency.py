@@ -118,7 +118,9 @@ def test_threads_at_different_timesteps_compute_what_each_computes_alone(options
 
 
 @pytest.mark.parametrize("scope", ["regional", "full"])
-@pytest.mark.parametrize("options", [{}, REUSE], ids=["identity", "reuse"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="identity", marks=pytest.mark.nightly), pytest.param(REUSE, id="reuse")]
+)
 def test_threads_of_a_lowered_model_at_different_timesteps_compute_what_each_computes_alone(
     options: dict[str, Any], scope: Any
 ) -> None:
