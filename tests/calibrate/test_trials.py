@@ -329,7 +329,7 @@ def test_a_table_whose_outputs_are_not_finite_is_never_taken(monkeypatch: pytest
 
     model, _ = reusing()
     monkeypatch.setattr(trials, "_error_of_outputs", broken)
-    with pytest.raises(diffcr_compile.CalibrationError, match=r"none of the 10 tables .* outputs finite"):
+    with pytest.raises(diffcr_compile.CalibrationError, match=r"none of the \d+ tables .* outputs finite"):
         diffcr_compile.calibrate(model, trajectory(), budget=0.6)
 
 
