@@ -118,7 +118,7 @@ def share_of_table(rows: Rows, visited: Visited, costs: CostModel) -> float:
 def propose_tables(
     suffering: Tensor, visited: Visited, costs: CostModel, budget: float, tolerance: float
 ) -> dict[str, Rows]:
-    """Tables within the budget, by name. In all of them the first step visited is dense, as it is in any trajectory,
+    """Tables within the budget, by name, each once. In all of them the first step visited is dense, as it is in any trajectory,
     unless other steps lie in its region.
 
     suffering: (num_regions, num_blocks, bins). Regions that no step visited have the row of one beside them that one did. Tables
@@ -168,9 +168,11 @@ def propose_tables(
     tables: dict[str, Rows] = {}
     for name, (rows, limits) in proposed.items():
         table = _within(rows, limits, share, budget)
-        if share(table) <= budget and table not in tables.values():
-            tables[name] = table
-    return {name: expand(use_up(table, share, budget, tolerance)) for name, table in tables.items()}
+        if share(table) <= budget:
+            table = expand(use_up(table, share, budget, tolerance))
+            if table not in tables.values():
+                tables[name] = table
+    return tables
 
 
 def _within(rows: Rows, limits: Iterable[Rows], share: Callable[[Rows], float], budget: float) -> Rows:

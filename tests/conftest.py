@@ -3,7 +3,6 @@ files."""
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import os
@@ -17,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-gc.set_threshold(100_000, 20, 100)  # graphs are many small objects, and what is imported here is a million of them
 logging.getLogger("torch.__trace").disabled = True  # thousands of records for a test that fails
 
 
@@ -46,10 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave what is for the night out of every other profile."""
-    left_out = [item for item in items if item.get_closest_marker("nightly")] if _PROFILE != "nightly" else []
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    if _PROFILE != "nightly":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def test_every_table_meets_the_budget(budget: float, num_steps: int, offset: int
     tables = propose_tables(suffering(num_regions), once(visited), costs, budget, TOLERANCE)
     assert "block by block" in tables
     assert set(tables) <= NAMES
+    assert len({str(rows) for rows in tables.values()}) == len(tables)
     for rows in tables.values():
         assert costs.share(rows) <= budget + 1e-12
         assert costs.share([rows[region] for region in visited]) <= budget + 1e-12
@@ -270,6 +271,18 @@ def test_whole_steps_that_would_need_one_of_the_first_two_take_part_of_it() -> N
     assert [rows[region] for region in (9, 3, 0)] == [[0] * 3, [1000] * 3, [1000] * 3]
     assert all(0 < ratio < 1000 for ratio in rows[6])
     assert share_of_table(rows, once(visited), costs) <= 0.4
+
+
+def test_where_a_step_more_than_needed_is_skipped_its_blocks_are_given_back() -> None:
+    """What four steps lack is nearer to one of them than to two: one and a part of another, or two but for some blocks."""
+    visited = [9, 6, 3, 0]
+    tables = propose_tables(suffering(10), once(visited), hand_costs(3), 0.7, TOLERANCE)
+    nearest, more = (
+        [tables[name][region] for region in visited]
+        for name in ("whole steps", "whole steps, blocks of one given back")
+    )
+    assert nearest == [[0] * 3, [0] * 3, [334] * 3, [1000] * 3]
+    assert more == [[0] * 3, [0] * 3, [1000] * 3, [0, 0, 400]]
 
 
 def test_a_budget_below_the_first_step_is_refused_by_name() -> None:
