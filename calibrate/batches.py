@@ -93,8 +93,9 @@ def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
 
 def to_device(model: nn.Module, batch: Batch) -> Batch:
     """The batch with its tensors on the model's device; those made under ``torch.inference_mode`` as copies that can be learned
-    from."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    from. Where the weights are offloaded (on the meta device between forwards), hooks move what a forward is given."""
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = next(devices, torch.device("cpu"))
 
     def move(_: Path, leaf: Any) -> Any:
         return leaf.to(device, copy=leaf.is_inference()) if isinstance(leaf, Tensor) else leaf

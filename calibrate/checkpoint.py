@@ -28,7 +28,7 @@ from ..routed import ROUTER
 from ..sharding import whole
 from .processes import of_all_processes, rank
 
-TYPE, VERSION = "diffcr_compile.calibration", 2
+TYPE, VERSION = "diffcr_compile.calibration", 3
 _JSON = "calibration.json"
 _PROGRESS = {"step", "history", "learned", "tables", "targets", "weights"}
 
@@ -133,7 +133,8 @@ class Checkpoint:
         if not self.path.is_dir():
             return False
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
-        return not names or any(name == _JSON or name.startswith("targets-") for name in names)
+        known = ("targets-", "step-")  # a first checkpoint may have been cut short before its record was there
+        return not names or any(name == _JSON or name.startswith(known) for name in names)
 
     def _tensors(self, name: str, digest: str) -> dict[str, Tensor]:
         file = self.path / name

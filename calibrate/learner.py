@@ -205,10 +205,14 @@ class Learner:
         learns = known | {id(weight) for weight in self.weights.values()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in learns)
-        groups: list[dict[str, Any]] = [{"params": routers, "lr": config.router_learning_rate, "weight_decay": 0.0}]
+        self.masters = {name: _master_of(parameter) for name, parameter in self._parameters().items()}
+        masters = list(self.masters.values())
+        groups: list[dict[str, Any]] = [
+            {"params": masters[: len(routers)], "lr": config.router_learning_rate, "weight_decay": 0.0}
+        ]
         if self.weights:
             decay = config.weight_decay
-            groups.append({"params": list(self.weights.values()), "lr": config.learning_rate, "weight_decay": decay})
+            groups.append({"params": masters[len(routers) :], "lr": config.learning_rate, "weight_decay": decay})
         for group in groups:
             group["peak_lr"] = group["lr"]
         self.optimizer = torch.optim.AdamW(groups)
@@ -377,11 +381,14 @@ class Learner:
 
     def _move(self, value: float) -> None:
         """The optimiser's step, after a look at whether it may be taken."""
-        parameters = [*self.routers.values(), *self.weights.values()]
-        average_gradients(parameters)
+        average_gradients(self._parameters().values())
+        for name, parameter in self._parameters().items():
+            if (master := self.masters[name]) is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - self.step / self.config.steps)
-        norm = _clip(parameters, self.config.max_grad_norm)
+        norm = _clip(list(self.masters.values()), self.config.max_grad_norm)
         if not all(map(math.isfinite, (value, norm))):
             raise CalibrationError(
                 f"the loss is {value:g} and its gradient norm {norm:g} at step {self.step}. Expected finite values: lower the "
@@ -396,6 +403,14 @@ class Learner:
         with on_cpu():  # it counts its steps in tensors of its own
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self._follow_masters()
+
+    @torch.no_grad()
+    def _follow_masters(self) -> None:
+        """Parameters of less than float32 take the values of their masters, rounded."""
+        for name, parameter in self._parameters().items():
+            if (master := self.masters[name]) is not parameter:
+                parameter.copy_(master)
 
     def _what_is_left(self) -> str:
         kept = "" if self.checkpoint is None else f" The last checkpoint is in {self.checkpoint.path}."
@@ -416,21 +431,24 @@ class Learner:
         self.step, self.history = progress["step"], progress["history"]
         self.tables = {float(budget): rows for budget, rows in progress["tables"]}
         with torch.no_grad():
-            for name, parameter in self._parameters().items():
-                parameter.copy_(like(tensors[name], parameter))
+            for name, master in self.masters.items():
+                master.copy_(like(tensors[name], master))
+            self._follow_masters()
             for name, tensor in self.ratios.state.items():
                 tensor.copy_(tensors[f"ratios/{name}"])
         self.learned = {budget: tensors[f"learned/{budget}"] for budget in progress["learned"]}
         self._load_optimizer(tensors)
-        torch.set_rng_state(tensors["generator"])  # a loss of one's own may draw noise
+        torch.set_rng_state(tensors[_generator()])  # a loss of one's own may draw noise
+        if (state := tensors.get(_generator("cuda"))) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
         return True
 
     def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Raises ArtefactError where a checkpoint's tensors are not this model's."""
-        expected = {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
+        expected = {name: tuple(master.shape) for name, master in self.masters.items()}
         expected |= {f"ratios/{name}": tuple(tensor.shape) for name, tensor in self.ratios.state.items()}
         wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
-        if wrong or "generator" not in tensors:
+        if wrong or _generator() not in tensors:
             assert self.checkpoint is not None
             raise ArtefactError(
                 f"{self.checkpoint.path} is damaged, or of another model: {', '.join(wrong[:3]) or 'generator'} is missing or of "
@@ -439,12 +457,16 @@ class Learner:
 
     def _write_checkpoint(self) -> None:
         assert self.checkpoint is not None
-        tensors = {name: whole(parameter) for name, parameter in self._parameters().items()}
+        tensors = {name: whole(master) for name, master in self.masters.items()}
         for place, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{place}/{name}": whole(torch.as_tensor(value)) for name, value in moments.items()}
         tensors |= {f"learned/{budget}": masters for budget, masters in self.learned.items()}
         tensors |= {f"ratios/{name}": tensor.detach() for name, tensor in self.ratios.state.items()}
-        tensors["generator"] = torch.get_rng_state()
+        generators = {_generator(): torch.get_rng_state()}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            generators[_generator("cuda")] = torch.cuda.get_rng_state()
+        for each in of_all_processes(generators):
+            tensors |= each
         progress = {
             "step": self.step,
             "history": self.history,
@@ -460,19 +482,19 @@ class Learner:
         wait_for_all()
 
     def _parameters(self) -> dict[str, Tensor]:
-        """What learns beside the masters, by the name that a checkpoint gives it."""
+        """What learns beside the ratios, by the name that a checkpoint gives it."""
         routers = {f"router/{fqn}": router for fqn, router in self.routers.items()}
         return {**routers, **{f"weight/{name}": weight for name, weight in self.weights.items()}}
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state = self.optimizer.state_dict()
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        masters = [master for group in self.optimizer.param_groups for master in group["params"]]
         for name, tensor in sorted(tensors.items()):  # sharded tensors are put together in one order by all processes
             kind, _, rest = name.partition("/")
             if kind == "optimizer":
                 place, _, moment = rest.partition("/")
                 moments = state["state"].setdefault(int(place), {})
-                moments[moment] = like(tensor, parameters[int(place)]) if tensor.ndim else tensor
+                moments[moment] = like(tensor, masters[int(place)]) if tensor.ndim else tensor
         self.optimizer.load_state_dict(state)
 
     def _all(self, description: str) -> Iterator[Batch]:
@@ -575,6 +597,19 @@ class Learner:
             batch = self._inputs(self.batches[index])
             targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
             return distillation_loss(output_tensors(self.model(**batch)), targets)
+
+
+def _master_of(parameter: Tensor) -> Tensor:
+    """What the optimiser moves: the parameter itself, or in place of one of less than float32 a copy of that, in which a step of
+    1e-4 is not lost to rounding."""
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    return parameter.detach().float().requires_grad_()
+
+
+def _generator(kind: str = "cpu") -> str:
+    """The name in a checkpoint of the state of this process's global generator."""
+    return f"generator/{kind}/{rank()}"
 
 
 def _clip(parameters: list[Tensor], largest: float) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import iterate_leaves
 from ..config import CalibrationConfig
 from ..cost import CostModel, measure_costs
+from ..defaults import without_autocast_cache
 from ..errors import UnsupportedError
 from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables, plain
@@ -138,6 +139,13 @@ def _check_task(budgets: tuple[float, ...], config: CalibrationConfig, loss: Los
 
 
 def _check_weights(model: nn.Module, config: CalibrationConfig) -> None:
+    """Raises UnsupportedError for weights that can't learn."""
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None and config.preset != "training-free":
+        raise UnsupportedError(
+            f"{absent} is on the meta device: its values are offloaded between forwards (or were never loaded), and can't learn "
+            "there. Call calibrate before offload is enabled, or transform with skip='reuse', which needs no training."
+        )
     found = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if found is not None and config.preset != "training-free":
         raise UnsupportedError(
@@ -184,6 +192,7 @@ def _settings(
         "budgets": list(budgets),
         "calibration": config.to_dict(),
         "batches": [len(batches), *of_all_processes(digest(known))],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "processes": num_processes(),
     }
 
@@ -221,7 +230,7 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
             parameter.grad = None
         learnables(model, state).ratios.grad = None
         state.learning = None
-        with unlowered(model, state) as lowered, torch.enable_grad():
+        with unlowered(model, state) as lowered, torch.enable_grad(), without_autocast_cache():
             yield lowered
     except BaseException:
         with torch.no_grad():

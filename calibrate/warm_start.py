@@ -60,6 +60,9 @@ class _Moments:
     def add(self, x: Tensor, y: Tensor, row: int) -> None:
         """x: (tokens, D); y: (tokens,); row: of the router, which scores these tokens."""
         x, y = x.double(), y.double()
+        if self.xx.device != x.device:  # offload moved the block for its forward
+            moments = (self.xx, self.xy, self.x, self.y, self.count)
+            self.xx, self.xy, self.x, self.y, self.count = (each.to(x.device) for each in moments)
         self.xx[row] += x.T @ x
         self.xy[row] += x.T @ y
         self.x[row] += x.sum(0)

@@ -8,6 +8,7 @@ is no tuple, list, dict or dataclass; its *path* is the parameter's name followe
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,7 +114,10 @@ def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()
         names = record_fields(value)
         return type(value)(**{name: map_leaves(function, getattr(value, name), (*path, name)) for name in names})
     if isinstance(value, dict):
-        return type(value)({key: map_leaves(function, item, (*path, key)) for key, item in value.items()})
+        items = {key: map_leaves(function, item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, items)
+        return type(value)(items)
     return function(path, value)
 
 

@@ -232,6 +232,10 @@ def calibrate_command(
     if fields.get("preset") == "training-free" and checkpoint is not None:
         raise click.UsageError("--checkpoint has no effect where nothing is learned (training-free): leave it out.")
     chosen = _calibration_config(fields, config)
+    if checkpoint is not None and checkpoint.resolve().is_relative_to(output.resolve()):
+        raise click.UsageError(
+            f"--checkpoint {checkpoint} lies in --output {output}, which a calibration writes as a whole: give a folder beside it."
+        )
     if not has_weights(model):
         raise DiffCRError(f"{model} holds no weights (*.safetensors), and calibrating random ones is of no use.")
     with _output(output):

@@ -236,7 +236,8 @@ class CalibrationConfig(_Options):
         is taken. What concerns learning can't be given then.
     trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper), as far as they require gradients (with peft
         adapters of one's own: those); ``"lora"``: low-rank adapters on the linear layers of the routed blocks in place of the
-        weights, merged into them at the end (the paper's text-to-image models; needs peft); ``"routers"``: weights frozen.
+        weights, merged into them at the end (the paper's text-to-image models; needs peft); ``"routers"``: weights frozen. What
+        learns in less than float32 does so on a float32 copy.
     lora_rank: of the adapters, >= 1 (the paper: 32).
     estimator: of the ratios' gradients (``diffcr_compile.learning``); ``"two-bin"`` (the paper, and its preset) runs each block
         twice, ``"single-pass"`` (the default) once: a step takes a half to two thirds of the time

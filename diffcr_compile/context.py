@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .guards import Guards
-from .settings import Same, setting, settings_of
+from .settings import Same, own_attributes, setting, settings_of
 
 ContextKey = tuple[Any, ...]
 
@@ -94,14 +94,23 @@ def context_key(module: nn.Module) -> ContextKey:
     return parts, hooks, tuple((parameter.dtype, parameter.device) for parameter in module.parameters())
 
 
-Parts = tuple[tuple[dict[str, Any], str, Any], ...]
-"""Modules and parameters, each with the dictionary that holds it, and its name there."""
+Parts = tuple[tuple[dict[Any, Any], Any, Any], ...]
+"""Modules, parameters and settings, each with the dictionary that holds it, and its name there."""
 
 
 def parts_of(module: nn.Module) -> Parts:
-    """What a block is made of now."""
-    holders = (holder for part in module.modules() for holder in (part._modules, part._parameters))
-    return tuple((holder, name, held) for holder in holders for name, held in holder.items())
+    """What a block is made of now: its modules and parameters, and what is set on them (an adapter's scale), as far down as
+    objects and dictionaries on a module."""
+    found: list[tuple[dict[Any, Any], Any, Any]] = []
+    for part in module.modules():
+        for holder in (part._modules, part._parameters):
+            found += [(holder, name, held) for name, held in holder.items()]
+        for name, value in own_attributes(part, wrappers=False):
+            found.append((vars(part), name, value))
+            inner = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+            if isinstance(inner, dict) and not isinstance(value, type):
+                found += [(inner, key, held) for key, held in inner.items()]
+    return tuple(found)
 
 
 def are_in_place(parts: Parts) -> bool:

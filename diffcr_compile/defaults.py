@@ -26,3 +26,15 @@ def as_written() -> Iterator[None]:
     would tell rounding from nothing."""
     with on_cpu(), torch.autocast("cpu", enabled=False):
         yield
+
+
+@contextlib.contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Inside, in this thread, autocast keeps no casts of weights: it would until its outermost context ends, whatever becomes of
+    the weights meanwhile, and those under fake tensors would be taken for real afterwards."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

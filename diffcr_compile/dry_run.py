@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from .arguments import Path, map_leaves
+from .defaults import without_autocast_cache
 from .eager import force_eager
 from .errors import CaptureError
 from .forget import note_run
@@ -113,22 +114,11 @@ def dry_run(model: nn.Module, *, fake: bool, watched: bool = True) -> Iterator[C
         mode or contextlib.nullcontext(),
         unfused,
         there,
-        _without_autocast_cache(),
+        without_autocast_cache(),
     ):
         if fake:
             _gather_on(device, model)
         yield convert
-
-
-@contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Inside, in this thread, autocast keeps no casts of weights: those under fake tensors would be taken for real afterwards."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _gather_on(device: torch.device, model: nn.Module) -> None:

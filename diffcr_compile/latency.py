@@ -20,6 +20,7 @@ from .observe import watch_calls
 from .ratios import BIN, SCALE
 from .region import pin_region
 from .routed import ModelRouting, routing_of
+from .trajectory import Trajectory
 
 ROUNDS = 7
 """Every ratio is timed once in each round, in turn; the median counts."""
@@ -60,9 +61,9 @@ def latency_from_dict(data: dict[str, Any]) -> CostModel:
 def measure_latency(model: nn.Module, inputs: dict[str, Any], costs: CostModel, *, rounds: int = ROUNDS) -> CostModel:
     """Time one block of each family at each bin on what it is called with, and the whole model at ratio zero.
 
-    As the model runs: compiled where it is lowered (with the full scope, by one graph a block), else eagerly. inputs: on the
-    model's device. costs: the FLOPs of the same model. Milliseconds; medians of ``rounds`` rounds. In eval mode, as a sampler
-    runs it; the global generators are put back.
+    As the model runs: compiled where it is lowered (with the full scope, by one graph a block), else eagerly; with reuse, as a step
+    in the midst of a sampling. inputs: on the model's device. costs: the FLOPs of the same model. Milliseconds; medians of
+    ``rounds`` rounds. In eval mode, as a sampler runs it; the global generators are put back.
     """
     state: ModelRouting = routing_of(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -102,12 +103,23 @@ def _time_block(
 
         def run() -> None:
             with pin_region(state, 0, row):
-                for args, kwargs in calls:
+                for place, (args, kwargs) in enumerate(calls):
+                    if trajectory is not None:
+                        trajectory.slot = place
+                        trajectory.step(0.0, first=trajectory.slot not in filled)
+                        filled.add(place)
                     module(*args, **kwargs)
 
         return run
 
-    times = _medians([at(ratio) for ratio in range(0, SCALE + 1, BIN)], rounds)
+    # with reuse, as in the midst of a trajectory: what is skipped takes from memory, and what is computed goes there
+    trajectory = Trajectory(fills=True, degree=state.degree) if state.config.skip == "reuse" else None
+    filled: set[int] = set()
+    before, state.current.trajectory = state.current.trajectory, trajectory
+    try:
+        times = _medians([at(ratio) for ratio in range(0, SCALE + 1, BIN)], rounds)
+    finally:
+        state.current.trajectory = before
     return tuple(min(times[: place + 1]) for place in range(len(times)))
 
 

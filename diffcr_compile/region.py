@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -199,7 +200,7 @@ def reset(model: nn.Module) -> None:
     Raises NotTransformedError, CaptureError.
     """
     current = settle(unwrap(model)).current
-    current.trajectory = None
+    current.trajectory = current.call = None
     current.recalled.clear()
 
 
@@ -226,7 +227,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         return None
     if not in_a_graph():
         state.sync_with_masters()
-        state.current.call = (model, args, kwargs)
+        state.current.call = (weakref.ref(model), args, kwargs)
     if state.current.split is not None:  # an error ended the forward that it belongs to
         state.current.split = None
     if state.current.pinned:
@@ -277,8 +278,11 @@ def _give_up(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """After a forward that an error ended, which never left: nothing of it is under way, and with reuse some blocks remember it and
     others do not."""
     state = routing_of(model)
-    if isinstance(state, ModelRouting) and not in_a_graph() and state.current.inside:
-        state.current.inside, state.current.split, state.current.call = False, None, None
+    if not isinstance(state, ModelRouting) or in_a_graph():
+        return
+    state.current.call = None
+    if state.current.inside:
+        state.current.inside, state.current.split = False, None
         state.current.trajectory = None
 
 

@@ -11,6 +11,7 @@ import copy
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -66,16 +67,16 @@ ContextKind = tuple[Signature, tuple[object, ...]]
 class Current(threading.local):
     """The forward under way in this thread: its timestep region; ``pinned``: chosen by the caller, not to be looked up, and
     ``row`` with it, where a graph is shared by the regions that have it; ``split``: what is left to run of a batch that lies in
-    several regions; ``call``: the model and its arguments, where it runs eagerly; ``inside``: it began where its region is looked
-    up, and has not ended; ``trajectory``, with reuse; ``recalled``: what each block remembers in this forward, where it runs in one
-    graph of the whole model."""
+    several regions; ``call``: the model (weakly: a forward that Ctrl-C ends never leaves) and its arguments, where it runs eagerly;
+    ``inside``: it began where its region is looked up, and has not ended; ``trajectory``, with reuse; ``recalled``: what each block
+    remembers in this forward, where it runs in one graph of the whole model."""
 
     region: int | None = None
     pinned: bool = False
     inside: bool = False
     row: tuple[int, ...] | None = None
     split: Any = None
-    call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+    call: tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]] | None = None
     trajectory: Trajectory | None = None
 
     def __init__(self) -> None:
@@ -385,6 +386,13 @@ class BlockRouting(_Whole):
     contexts: dict[ContextKind, tuple[ContextGraph, ...]] = field(default_factory=dict)
     parts: Parts = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        parts, self.parts = self.parts, ()  # a copy's modules are others
+        try:
+            return super().__deepcopy__(memo)
+        finally:
+            self.parts = parts
+
     def ratio(self) -> int:
         """The ratio in force, in thousandths; reads no region where all are equal, or where a row is pinned."""
         row = self.model.current.row
@@ -454,7 +462,8 @@ class BlockRouting(_Whole):
         with _LOOKING:
             if signature not in self.programs:
                 assert state.current.call is not None
-                reasons = state.look_at(*state.current.call)
+                model, *given = state.current.call
+                reasons = state.look_at(model(), *given)  # type: ignore[arg-type]
                 if signature not in self.programs:
                     refused = reasons.get(self.fqn, "the model does not call it so when it is looked at")
                     raise UnsupportedError(

@@ -20,13 +20,17 @@ def settings_of(module: nn.Module, *, positions: bool = True, wrappers: bool = T
     Without ``positions``: but the integers (the number of a layer). Without ``wrappers``: but objects under private names, where
     hooks of offload and caches keep what changes from call to call.
     """
-    return tuple(
-        (name, setting(value))
-        for name, value in sorted(vars(module).items())
-        if name not in _INNER
-        and (positions or type(value) is not int)
-        and (wrappers or not name.startswith("_") or _is_plain(value))
-    )
+    own = sorted(own_attributes(module, wrappers=wrappers), key=lambda item: item[0])
+    return tuple((name, setting(value)) for name, value in own if positions or type(value) is not int)
+
+
+def own_attributes(module: nn.Module, *, wrappers: bool = True) -> list[tuple[str, Any]]:
+    """The attributes that :func:`settings_of` describes, as they are."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in _INNER and (wrappers or not name.startswith("_") or _is_plain(value))
+    ]
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,8 +3,10 @@
 Under ``skip="reuse"`` a forward may only take up updates of the same trajectory. One step after the other goes towards the
 data; several calls at one timestep (guidance in two calls, a corrector) are told apart by their order, each in a *slot* with a
 memory of its own. A timestep that turns back begins a new trajectory; so does another tensor in the place of one that every step
-so far was given (a prompt's embedding, a table of positions), and one of another shape, dtype or device. More calls at one timestep
-than there are slots belong together with nothing: they and the step after them are dense.
+so far was given (a prompt's embedding, a table of positions), and one of another shape, dtype or device. One call more at a
+timestep than any step so far had, given those very tensors beside other latents, is the next step: timesteps in half precision are
+not all different. More calls at one timestep than there are slots belong together with nothing: they and the step after them are
+dense.
 """
 
 from __future__ import annotations
@@ -46,9 +48,10 @@ def read_timesteps(values: Tensor) -> list[float]:
 class Trajectory:
     """The trajectory that a thread is on.
 
-    now: the timestep of the forward under way, float32 (1,) or (B,). degree: of the polynomial through a token's updates. slot: its
-    place among the calls at that timestep. first: whether it is the first of its slot, and so dense. grids: of each slot.
-    memories: by (slot, block). fills: every block remembers, even one that skips nothing yet: a forward is to learn from it.
+    now: the timestep of the forward under way, float32 (1,), or (B,) where samples differ. degree: of the polynomial through a
+    token's updates. slot: its place among the calls at that timestep. first: whether it is the first of its slot, and so dense.
+    grids: of each slot. memories: by (slot, block); those of slots that a whole trajectory did without are dropped. fills: every
+    block remembers, even one that skips nothing yet: a forward is to learn from it.
     """
 
     now: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float32, device="cpu"))
@@ -62,7 +65,9 @@ class Trajectory:
     _values: tuple[float, ...] = ()
     _given: dict[int, dict[Path, weakref.ref[Tensor]]] = field(default_factory=dict)
     _looks: dict[int, dict[Path, Any]] = field(default_factory=dict)
+    _latest: dict[Path, weakref.ref[Tensor]] = field(default_factory=dict)
     _num_steps: int = 0
+    _num_slots: int = 1
     _direction: int = 0
     _rose: bool = False
     _crowded: bool = False
@@ -74,13 +79,16 @@ class Trajectory:
     def advance(self, timestep: Tensor | float, given: Mapping[Path, Tensor] | None = None) -> None:
         """A forward at this timestep (a number, one value, or one per sample) begins, ``given`` these tensors. The host reads the
         timestep."""
-        self._arrive(timestep)
+        values = self._arrive(timestep)
         given = given or {}
         look = {path: (tensor.shape, tensor.dtype, tensor.device) for path, tensor in given.items()}
-        before, values = self._values, tuple(read_timesteps(self.now))
+        before = self._values
         direction = _direction(before, values)
+        if direction == 0 and self._is_next_step(given, look):
+            direction = self._direction
         if direction == 0 and before and self.slot + 1 < MAX_SLOTS:
             self.slot += 1
+            self._num_slots = max(self._num_slots, self.slot + 1)
             if self._num_steps == 1:
                 self._given[self.slot] = _references(given)
             if self._differs(self.slot, look):
@@ -96,13 +104,14 @@ class Trajectory:
             self._rose = direction == 1 and self._direction == 0
             self._crowded = direction == 0 and bool(before)
             self._direction, self.slot = 0, 0
-            self._num_steps, self._given = 1, {0: _references(given)}
+            self._num_steps, self._num_slots, self._given = 1, 1, {0: _references(given)}
             self._looks.clear()
+            self.memories = {key: held for key, held in self.memories.items() if key[0] in self._started}
             self._started.clear()
             self._filled.clear()
         if self.slot == 0:  # a step is one of first calls: others at a timestep may have another batch size
             self._values = values
-        self._looks[self.slot] = look
+        self._looks[self.slot], self._latest = look, _references(given)
         self.first = self.slot not in self._started
         self._started.add(self.slot)
 
@@ -111,12 +120,16 @@ class Trajectory:
         self._arrive(timestep)
         self.first = first
 
-    def _arrive(self, timestep: Tensor | float) -> None:
+    def _arrive(self, timestep: Tensor | float) -> tuple[float, ...]:
+        """Note the timestep of the forward that begins, and tell it."""
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
-        self.now = timestep.detach().float()
-        self.now = self.now.flatten(1).amax(dim=1) if self.now.ndim > 1 else self.now.reshape(-1)
+        now = timestep.detach().float()
+        now = now.flatten(1).amax(dim=1) if now.ndim > 1 else now.reshape(-1)
+        values = tuple(read_timesteps(now))
+        self.now = now[:1] if len(set(values)) == 1 else now
         self._recalled.clear()
+        return values
 
     def _forget(self, slot: int) -> None:
         self._started.discard(slot)
@@ -137,6 +150,16 @@ class Trajectory:
             for slot, known in self._given.items()
         }
         return max(shared.values()) > shared[0]
+
+    def _is_next_step(self, given: Mapping[Path, Tensor], look: dict[Path, Any]) -> bool:
+        """Whether a call at the timestep of the last one is the step after it all the same: one more than any step had, of the same
+        shapes, given every tensor that stayed so far and otherwise none that the last call was given."""
+        steady = self._given.get(0, {})
+        if self._num_steps < 2 or self.slot + 1 < self._num_slots or not steady or self._differs(0, look):
+            return False
+        stays = all(path in given and each() is given[path] for path, each in steady.items())
+        others = [path for path in self._latest if path not in steady and path in given]
+        return stays and bool(others) and all(self._latest[path]() is not given[path] for path in others)
 
     def _differs(self, slot: int, look: dict[Path, Any]) -> bool:
         """Whether a tensor is of another shape, dtype or device than that in its place in the last call of the slot."""
@@ -204,7 +227,12 @@ class Trajectory:
         self._kinds[self.slot] = kind
 
     def _at_present(self, memory: Memory) -> Memory:
-        device = memory.age.device
+        device, batch = memory.age.device, memory.age.shape[0]
+        if len(self.now) not in (1, batch):
+            raise UnsupportedError(
+                f"a routed block runs on {batch} samples, and the model's {len(self.now)} have different timesteps: which of them "
+                "are whose is unknown. With skip='reuse' expected one timestep for the batch."
+            )
         degree = torch.tensor(self.degree, dtype=torch.float32, device=device)
         return memory._replace(now=self.now.to(device), degree=degree, rank=self._rank(memory.age.shape[1], device))
 

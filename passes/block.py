@@ -57,6 +57,7 @@ class BlockAnalysis:
     plan: BlockPlan | None = None
     program: ExportedProgram | None = None
     context_graph: ContextGraph | None = None
+    context_proof: ContextGraph | None = None
 
     @property
     def kind(self) -> str:

@@ -62,7 +62,8 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
     why not.
 
     Proved like the routed program itself: at batch three, other tokens for each sample, random parameters; every kept token equals
-    the dense block's result at that token, where what is remembered is of the same tokens.
+    the dense block's result at that token, where what is remembered is of the same tokens. In float32, whatever the block's own
+    dtype: its graph holds the dtypes that it casts to, so that of a narrow block is written a second time for the proof.
     """
     plan = block.plan
     assert plan is not None
@@ -71,12 +72,16 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
     try:
         trial = Trial(block)
         graph, states = write_context(block)
+        proof = graph
+        if _is_narrow(block.module, [leaf for _, leaf in block.call_leaves]):
+            proof, _ = write_context(_widened(duplicate(block), block))
         failures = []
         for form in dict.fromkeys((plan.lift, "vmap", "loop") if plan.lift != "direct" else (plan.lift,)):
             candidate = replace(plan, context=block.config.context, states=states, lift=form)
             try:
-                error = trial.check_context(candidate, graph)
-                return replace(block, plan=replace(candidate, error=max(error, plan.error)), context_graph=graph)
+                error = trial.check_context(candidate, proof)
+                plan = replace(candidate, error=max(error, plan.error))
+                return replace(block, plan=plan, context_graph=graph, context_proof=proof)
             except Exception as error:  # a form that does not fit raises whatever the block's code does
                 failures.append(f"{form}: {first_line(error)}")
         raise Refused("; ".join(failures))
@@ -90,9 +95,9 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
 def prove_same_context(block: BlockAnalysis) -> None:
     """Refuses a block for which the graph of the one it is a neighbour of, whose analysis it carries, is not right: an export
     writes the numbers that a module holds into the graph."""
-    if block.context_graph is not None:
+    if block.context_proof is not None:
         assert block.plan is not None
-        Trial(block).check_context(block.plan, block.context_graph)
+        Trial(block).check_context(block.plan, block.context_proof)
 
 
 def rebuild_context(
@@ -138,19 +143,38 @@ def _read(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], confi
 
 @as_written()
 def _prove_rewritten(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[Any], config: Any) -> None:
-    """Refuses a block whose rewritten graph is not right at these sizes. In float32, where rounding tells nothing: a graph holds
-    the dtypes that its block casts to."""
-    if any(parameter.dtype.is_floating_point and parameter.dtype != torch.float32 for parameter in module.parameters()):
-        module = copy.deepcopy(module).float()
-    leaves = [
-        TensorInfo(leaf.shape, torch.float32) if isinstance(leaf, TensorInfo) and leaf.dtype.is_floating_point else leaf
-        for leaf in leaves
-    ]
+    """Refuses a block whose rewritten graph is not right at these sizes; in float32, as in :func:`prove_context`."""
     try:
-        block = _read(module, fqn, plan, leaves, config)
+        block = _read(_in_float32(module), fqn, plan, _as_float32(leaves), config)
         Trial(block).check_context(plan, write_context(block)[0])
     except Exception as error:  # whatever the block's code does
         raise Refused(first_line(error)) from error
+
+
+def _is_narrow(module: nn.Module, leaves: list[Any]) -> bool:
+    """Whether a block computes in another dtype than float32, as far as its parameters and inputs tell."""
+    dtypes = [parameter.dtype for parameter in module.parameters()]
+    dtypes += [leaf.dtype for leaf in leaves if isinstance(leaf, TensorInfo)]
+    return any(dtype.is_floating_point and dtype != torch.float32 for dtype in dtypes)
+
+
+def _widened(module: nn.Module, block: BlockAnalysis) -> BlockAnalysis:
+    """The analysis of a float32 copy of a block's module, on float32 inputs."""
+    assert block.plan is not None
+    leaves = _as_float32([leaf for _, leaf in block.call_leaves])
+    return _read(_in_float32(module), block.fqn, block.plan, leaves, block.config)
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    narrow = any(p.dtype.is_floating_point and p.dtype != torch.float32 for p in module.parameters())
+    return copy.deepcopy(module).float() if narrow else module
+
+
+def _as_float32(leaves: list[Any]) -> list[Any]:
+    return [
+        TensorInfo(leaf.shape, torch.float32) if isinstance(leaf, TensorInfo) and leaf.dtype.is_floating_point else leaf
+        for leaf in leaves
+    ]
 
 
 def _fixed_sizes(state: StatePlan) -> StatePlan:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    CHANNELS,
     Shape,
     TinyDiT,
     original,
@@ -24,12 +25,13 @@ from models import (
     tiny_inputs,
     watch_blocks,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import diffcr_compile
-from diffcr_compile import DiffCRConfig
+from diffcr_compile import DiffCRConfig, UnsupportedError
 from diffcr_compile import routed as runtime
 from diffcr_compile.lower import Lowered
+from diffcr_compile.primitives import take_tokens
 from diffcr_compile.routed import routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the routers are untrained", "ignore:There is a performance drop")
@@ -757,3 +759,80 @@ def test_recomputation_in_backward_is_refused(other_thread: bool) -> None:
         backward = (lambda: pool.submit(loss.backward).result()) if other_thread else loss.backward
         with pytest.raises(diffcr_compile.UnsupportedError, match="Turn gradient checkpointing off"):
             backward()
+
+
+ONE = Shape("plain", depth=2, heads=2, head_dim=6)
+
+
+class Frames(nn.Module):
+    """Blocks whose batch is samples times frames, as in video models that attend frame by frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = original(ONE)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """x (B, F, N, C), timestep (B,) -> (B, F, N, C)."""
+        frames = x.shape[1]
+        return self.inner(x.flatten(0, 1), timestep.repeat_interleave(frames)).unflatten(0, (-1, frames))
+
+
+def test_blocks_of_another_batch_than_the_models() -> None:
+    def given(timestep: Any, samples: int = 2) -> dict[str, Tensor]:
+        x = torch.randn(samples, 4, 11, CHANNELS, generator=torch.Generator().manual_seed(1))
+        return {"x": x, "timestep": torch.as_tensor(timestep).expand(samples)}
+
+    model = diffcr_compile.transform(Frames(), DiffCRConfig(skip="reuse"), example_inputs=given(500.0))
+    diffcr_compile.set_ratios(model, 0.5)
+    with torch.no_grad():
+        together = [model(**given(timestep)) for timestep in (900.0, 600.0, 300.0)]
+        diffcr_compile.reset(model)
+        alone = [model(**{name: value[:1] for name, value in given(t).items()}) for t in (900.0, 600.0, 300.0)]
+        for both, one in zip(together, alone, strict=True):
+            assert relative_error(both[:1], one) < 1e-5
+        diffcr_compile.reset(model)
+        with pytest.raises(UnsupportedError, match="8 samples, and the model's 2 have different timesteps"):
+            model(**given([901.0, 902.0]))
+
+
+class Adapted(nn.Module):
+    """A linear layer with something beside it, by a scale that is no tensor."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.delta = base, nn.Linear(base.in_features, base.out_features)
+        self.scaling = {"default": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.delta(x) * self.scaling["default"]
+
+
+def test_a_scale_that_changes_between_two_steps_is_followed() -> None:
+    """What ``set_adapters`` does from a callback of a pipeline, or for one of two calls of guidance."""
+    torch.manual_seed(0)
+    model = original(ONE)
+    for block in model.blocks:
+        block.stream.out = Adapted(block.stream.out)
+    model = diffcr_compile.transform(model, DiffCRConfig(skip="reuse"), example_inputs=tiny_inputs(ONE))
+    assert {family.context for family in diffcr_compile.explain(model).plan.families} == {"all"}
+    diffcr_compile.set_ratios(model, 0.5)
+
+    def worst(timestep: float, scale: float, seed: int = 0) -> float:
+        """Error of kept tokens against the dense block as it now is."""
+        for block in model.blocks:
+            block.stream.out.scaling["default"] = scale
+        found = []
+        with torch.no_grad():
+            with watch_blocks(model, routed_fqns(model)) as calls, diffcr_compile.trace(model) as seen:
+                model(**tiny_inputs(ONE, timestep=timestep, seed=seed))
+            for call in calls:
+                block, kept = model.get_submodule(call.fqn), seen.kept[call.fqn][0]
+                dense = type(block).forward(block, *call.args, **call.kwargs)
+                found.append(relative_error(*(take_tokens(x, kept, 1, 0) for x in (call.output, dense))))
+        return max(found)
+
+    for timestep, scale in ((990.0, 1.0), (700.0, 1.0), (450.0, 0.0), (200.0, 0.5)):
+        assert worst(timestep, scale) < 1e-5
+    for timestep in (990.0, 700.0, 450.0):  # with it in the first of two calls, without in the second
+        assert worst(timestep, 1.0, seed=1) < 1e-5
+        assert worst(timestep, 0.0, seed=2) < 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -228,12 +228,13 @@ def test_what_is_no_dictionary_is_refused(batch: Any) -> None:
         read_batches([{"x": torch.ones(1)}, batch])
 
 
-def test_tensors_go_to_the_models_device_wherever_they_lie() -> None:
+def test_tensors_go_to_the_models_device_and_not_to_where_offloaded_weights_lie() -> None:
     batch = {"x": torch.ones(2), "rope": (torch.ones(1), [torch.zeros(1)]), "scale": 3, "mask": None}
-    found = to_device(nn.Linear(1, 1, device="meta"), batch)
-    assert [tensor.device.type for tensor in tensors_of(found)] == ["meta"] * 3
-    assert (found["scale"], found["mask"]) == (3, None)
-    assert to_device(nn.Identity(), batch)["x"].device.type == "cpu"
+    model = nn.ModuleDict({"offloaded": nn.Linear(1, 1, device="meta"), "here": nn.Linear(1, 1)})
+    for module in (model, model["offloaded"], nn.Identity()):
+        found = to_device(module, batch)
+        assert [tensor.device.type for tensor in tensors_of(found)] == ["cpu"] * 3
+        assert (found["scale"], found["mask"]) == (3, None)
 
 
 # What goes wrong on a batch names it.
@@ -315,3 +316,11 @@ def test_what_is_no_fault_of_a_batch_passes(error: type[BaseException]) -> None:
     model.head.register_forward_pre_hook(interrupt)
     with pytest.raises(error):
         diffcr_compile.calibrate(model, GOOD, budget=0.9, config=CalibrationConfig(steps=2))
+
+
+def test_a_defaultdict_stays_one() -> None:
+    batch = defaultdict(list, {"x": torch.ones(2), "names": ["a"]})
+    moved = to_device(nn.Linear(1, 1), batch)
+    assert type(moved) is defaultdict
+    assert moved.default_factory is list
+    assert moved["names"] == ["a"]

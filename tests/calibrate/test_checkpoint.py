@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from diffcr_compile.calibration import learner, train
+from diffcr_compile.calibration import checkpoint, learner, train
 from diffcr_compile.calibration.checkpoint import Checkpoint, digest, digest_weights, record_checksum
 from models import Shape, TinyDiT, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor, nn
@@ -246,6 +246,43 @@ def test_a_loss_that_draws_noise_goes_on(tmp_path: Path) -> None:
     interrupt(fresh(), "all", tmp_path, "Learner._note", 6, loss=loss)
     torch.manual_seed(0)
     assert same_outcome(run(fresh(), "all", tmp_path, loss=loss), expected)
+
+
+def test_killed_before_the_first_record_it_begins_anew(
+    uninterrupted: dict[str, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no dense outputs are kept, its tensors are all that lies there."""
+
+    def stop(record: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "record_checksum", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(fresh(), "routers", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["step-000000.safetensors"]
+    assert same_outcome(run(fresh(), "routers", tmp_path), uninterrupted["routers"])
+
+
+def test_what_was_frozen_meanwhile_is_another_setting(tmp_path: Path) -> None:
+    interrupt(fresh(), "all", tmp_path, "Learner._note", 5)
+    model = fresh()
+    model.embed.requires_grad_(False)
+    with pytest.raises(ArtefactError, match=r"other settings \(frozen\)"):
+        run(model, "all", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_go_on_from_those_of_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    def half(folder: Path | None) -> Outcome:
+        batches = [{**batch, "x": batch["x"].to(dtype)} for batch in BATCHES]
+        model = routed(SHAPE, dtype)
+        report = diffcr_compile.calibrate(model, batches, budget=BUDGETS, config=CONFIGS["all"], checkpoint=folder)
+        return report, [parameter.detach().clone() for parameter in model.parameters()]
+
+    with stopped_at("Learner._note", 5), pytest.raises(KeyboardInterrupt):
+        half(tmp_path)
+    assert same_outcome(half(tmp_path), half(None))
 
 
 def test_measured_latencies_are_those_of_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

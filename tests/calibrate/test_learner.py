@@ -372,6 +372,21 @@ def test_autocast_around_it(model: TinyDiT) -> None:
     assert bool(torch.isfinite(torch.tensor([entry["loss"] for entry in report.history])).all())
 
 
+def test_under_autocast_each_step_sees_the_weights_of_the_one_before(model: TinyDiT) -> None:
+    """Autocast keeps casts of weights until its outermost context ends, which is the user's."""
+    config = CalibrationConfig(steps=8, settle=1.0, learning_rate=1e-2, weight_decay=0.0)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return model(**batch).float().square().mean()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = diffcr_compile.calibrate(model, BATCHES[:1], budget=1.0, loss=loss, config=config)
+        assert torch.is_autocast_cache_enabled()
+    losses = [entry["loss"] for entry in report.history]
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 8
+
+
 def test_a_gradient_that_lay_on_the_masters_does_nothing(model: TinyDiT) -> None:
     """What a trainer of one's own left behind."""
     expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.6, config=QUICK)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -121,6 +122,30 @@ def stop_and_go_on(way: str, number: int, folder: Path) -> dict[str, Any]:
     return {**outcome(model, report), "step": found, "files": sorted(path.name for path in checkpoint.iterdir())}
 
 
+def draw_noise(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """The numbers that a loss of one's own draws in the steps after the last checkpoint: uninterrupted, and going on from it."""
+    half, quick = batches()[number::2], config(way)
+
+    def drawn(checkpoint: Path | None, stop: int | None = None) -> list[float]:
+        found: list[float] = []
+
+        def loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+            if len(found) == stop:
+                raise KeyboardInterrupt
+            noise = torch.randn(())
+            found.append(float(noise))
+            return (model(**batch) - noise).square().mean()
+
+        torch.manual_seed(100 + number)
+        with contextlib.suppress(KeyboardInterrupt):
+            diffcr_compile.calibrate(routed(SHAPE), half, budget=BUDGET, loss=loss, config=quick, checkpoint=checkpoint)
+        return found
+
+    whole = drawn(None)
+    drawn(folder / "noise", stop=5)
+    return {"expected": whole[3:], "found": drawn(folder / "noise")}
+
+
 def choose_without_training(way: str, number: int, folder: Path) -> dict[str, Any]:
     """From samplings of its own, of as many steps in one process and fewer in the other; ``way``: the option skip."""
     config = diffcr_compile.DiffCRConfig(skip=way)  # type: ignore[arg-type]
@@ -152,6 +177,7 @@ RUNS: dict[str, tuple[Work, str]] = {
     **{way: (learn, way) for way in WAYS},
     "sharded, stopped": (stop_and_go_on, "sharded"),
     "lora, stopped": (stop_and_go_on, "lora"),
+    "noise, stopped": (draw_noise, "routers"),
     "spoilt": (spoil_one, "plain"),
     "training-free": (choose_without_training, "identity"),
     "training-free, reuse": (choose_without_training, "reuse"),
@@ -276,6 +302,12 @@ def test_without_training_all_choose_one_table(found: Found, name: str) -> None:
     assert first == second
     assert first["share"] <= BUDGET
     assert torch.tensor(first["table"]).any()
+
+
+@pytest.mark.slow
+def test_each_process_goes_on_with_its_own_noise(found: Found) -> None:
+    first, second = found("noise, stopped")
+    assert first["found"] == first["expected"] != second["expected"] == second["found"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffcr_compile.calibration import train
@@ -176,6 +177,32 @@ def test_bfloat16_models_learn_with_float32_masters(model: TinyDiT) -> None:
     report = diffcr_compile.calibrate(model, batches, budget=0.6, config=QUICK)
     assert 0.594 <= report.share <= 0.6
     assert bool(torch.isfinite(model(**batches[0])).all())
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora", "routers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_move_as_those_of_float32(dtype: torch.dtype, trainable: Any) -> None:
+    """A step of 1e-4 is less than half of what lies between two numbers of bfloat16 near one, and float16 has no 1e-8."""
+    config = CalibrationConfig(steps=40, trainable=trainable, learning_rate=1e-4, router_learning_rate=1e-4, seed=3)
+
+    def ends(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All parameters before and after."""
+        model = routed(SHAPE)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16().half())  # the same numbers in every dtype
+        model = model.to(dtype)
+        before = torch.cat([value.detach().flatten() for value in model.parameters()])
+        batches = [{**batch, "x": batch["x"].to(dtype)} for batch in BATCHES]
+        diffcr_compile.calibrate(model, batches, budget=0.6, config=config)
+        return before, torch.cat([value.detach().flatten() for value in model.parameters()])
+
+    (before, found), (_, expected) = ends(dtype), ends(torch.float32)
+    assert found.dtype == dtype
+    assert bool(found.isfinite().all())
+    moved = expected.to(dtype) != before
+    assert moved.sum() > 20
+    assert (found[moved] != before[moved]).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("which", [0, 2])
@@ -348,3 +375,16 @@ def test_without_training_what_only_learning_needs_is_refused(model: TinyDiT, tm
         with pytest.raises(ValueError, match=f"learns nothing, so {name} has no effect: leave it out"):
             diffcr_compile.calibrate(model, BATCHES, budget=0.7, config=config, **{name: value})
     assert not (tmp_path / "new").exists()
+
+
+def test_offloaded_weights_are_calibrated_without_training_and_learn_nothing() -> None:
+    for config in (CalibrationConfig(preset="training-free"), QUICK, CalibrationConfig(steps=4)):
+        model = routed(SHAPE)
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        if config.preset == "training-free":
+            report = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
+            expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.6, config=config)
+            assert torch.equal(report.table, expected.table)
+        else:
+            with pytest.raises(UnsupportedError, match="is on the meta device: its values are offloaded"):
+                diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)

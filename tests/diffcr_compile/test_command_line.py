@@ -181,6 +181,14 @@ def test_what_can_have_no_effect_is_refused_before_the_model_is_read(tmp_path: P
         assert "--checkpoint has no effect" in refusal(*given, *chosen, "--checkpoint", tmp_path / "progress", code=2)
 
 
+def test_checkpoints_in_the_output_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    given = ("calibrate", tmp_path, "--batches", tmp_path, "--budget", 0.8, "--output", output)
+    for progress in (output, output / "progress", output / "a" / ".." / "progress"):
+        assert "give a folder beside it" in refusal(*given, "--checkpoint", progress, code=2)
+    assert not output.exists()
+
+
 def test_a_pipelines_directory_is_told_from_its_models(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     assert f"Of this pipeline it may be {tmp_path / 'transformer'}." in refusal("explain", tmp_path)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Shape, TinyDiT, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 
 import diffcr_compile
-from diffcr_compile import latency
+from diffcr_compile import DiffCRConfig, latency
+from diffcr_compile import routed as runtime
 from diffcr_compile.cost import CostModel, measure_costs
 from diffcr_compile.latency import BlockTime, measure_latency
 from diffcr_compile.ratios import capacity
@@ -148,3 +150,27 @@ def test_it_is_measured_in_eval_mode_and_draws_nothing(model: TinyDiT) -> None:
     assert [module.training for module in model.modules()] == modes
     handle.remove()
     noise.remove()
+
+
+def test_with_reuse_a_step_in_the_midst_of_a_sampling_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diffcr_compile.transform(original(SHAPE), DiffCRConfig(skip="reuse"), example_inputs=INPUTS)
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        counted = getattr(runtime, name)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return counted(*args, **kwargs)
+
+        monkeypatch.setattr(runtime, name, function)
+
+    costs = measure_costs(model, INPUTS)
+    for name in ("remember_all", "context_key"):
+        count(name)
+    found = measure_latency(model, INPUTS, costs, rounds=2)
+    # ratio zero is timed once that does not count and in two rounds, by torch's timer after two calls each
+    assert calls == {"remember_all": 9, "context_key": 1}
+    assert len({block.times_ms for block in found.blocks}) == 1  # type: ignore[attr-defined]
+    state = routing_of(model)
+    assert state.current.trajectory is None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -433,3 +435,23 @@ def test_an_empty_batch_of_any_form_has_an_empty_result() -> None:
         for ratio in (0.0, 0.5, 1.0):
             diffcr_compile.set_ratios(model, ratio)
             assert model(**tiny_inputs(shape, batch=0)).shape == (0, 11, 5)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+def test_a_model_whose_forward_was_ended_can_be_freed(skip: Any, error: type[BaseException]) -> None:
+    model = diffcr_compile.transform(original(SHAPE), DiffCRConfig(skip=skip), example_inputs=tiny_inputs(SHAPE))
+    diffcr_compile.set_ratios(model, 0.5)
+
+    def end(*_: Any) -> None:
+        raise error
+
+    handle = model.blocks[1].register_forward_pre_hook(end)
+    with pytest.raises(error), torch.no_grad():
+        model(**tiny_inputs(SHAPE))
+    handle.remove()
+    freed = weakref.ref(model)
+    del model
+    for _ in range(3):
+        gc.collect()
+    assert freed() is None

@@ -153,3 +153,53 @@ def test_a_slot_of_another_shape_begins_anew_by_itself() -> None:
     calls = ((9.0, short), (9.0, short), (6.0, short), (6.0, long), (3.0, short), (3.0, long))
     seen = follow_given(*((step, given(torch.zeros(1), words)) for step, words in calls))
     assert seen == [(0, True), (1, True), (0, False), (1, True), (0, False), (1, False)]
+
+
+def test_memory_of_slots_that_a_trajectory_did_without_is_dropped() -> None:
+    trajectory = Trajectory()
+    for _ in range(3):  # a warm-up
+        trajectory.advance(999.0)
+    held = object()
+    trajectory.memories = {(slot, index): held for slot in range(3) for index in range(2)}  # type: ignore[misc]
+    for timestep in (990.0, 500.0, 10.0, 990.0, 500.0, 10.0):  # the first goes on from the warm-up
+        trajectory.advance(timestep)
+    assert set(trajectory.memories) == {(slot, index) for slot in range(3) for index in range(2)}
+    trajectory.advance(990.0)
+    assert set(trajectory.memories) == {(0, 0), (0, 1)}
+
+
+def test_one_timestep_for_all_samples_is_one_number() -> None:
+    trajectory = Trajectory()
+    trajectory.advance(torch.tensor([500.0, 500.0, 500.0]))
+    assert trajectory.now.tolist() == [500.0]
+    trajectory.advance(torch.tensor([400.0, 300.0, 400.0]))
+    assert trajectory.now.tolist() == [400.0, 300.0, 400.0]
+
+
+def as_given(*calls: tuple[float, str, str]) -> list[tuple[int, bool]]:
+    """(slot, first of its slot) of calls that are given a timestep, latents and a prompt; those of one name are one tensor."""
+    trajectory, seen, made = Trajectory(), [], {}
+    for timestep, *names in calls:
+        tensors = [made.setdefault(name, torch.zeros(2)) for name in names]
+        trajectory.advance(timestep, {("latents",): tensors[0], ("prompt",): tensors[1]})
+        seen.append((trajectory.slot, trajectory.first))
+    return seen
+
+
+def test_timesteps_that_half_precision_makes_equal_are_steps_all_the_same() -> None:
+    timesteps = torch.tensor([1000, 997.3, 994.5, 991.6, 988.6, 985.5, 982.3]).bfloat16().tolist()
+    assert len(set(timesteps)) < 7
+    found = as_given(*((timestep, f"latents {step}", "prompt") for step, timestep in enumerate(timesteps)))
+    assert found == [(0, True), *[(0, False)] * 6]
+
+
+def test_a_second_call_that_comes_late_is_no_step() -> None:
+    """Guidance that begins in the third step, with another prompt or, of a third kind, with the same latents."""
+    first = [(900.0, "a", "prompt"), (800.0, "b", "prompt"), (700.0, "c", "prompt")]
+    for late in ((700.0, "c", "empty"), (700.0, "d", "empty"), (700.0, "c", "prompt")):
+        assert as_given(*first, late) == [(0, True), (0, False), (0, False), (1, True)]
+
+
+def test_tiles_of_one_picture_have_slots_of_their_own() -> None:
+    calls = [(timestep, f"{timestep} {tile}", "prompt") for timestep in (900.0, 800.0, 700.0) for tile in range(3)]
+    assert [slot for slot, _ in as_given(*calls)] == [0, 1, 2] * 3

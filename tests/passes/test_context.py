@@ -13,8 +13,9 @@ from diffcr_compile.passes.blocks import BLOCK_PASSES
 from diffcr_compile.passes.context import prove_context
 from diffcr_compile.passes.program import write_program
 from hand import D, Hand, N, T, analyse, block_of, draw
-from torch import Tensor
+from torch import Tensor, nn
 
+import diffcr_compile
 from diffcr_compile import DiffCRConfig
 from diffcr_compile.memory import allocate, remember_all_context
 
@@ -163,3 +164,47 @@ def test_what_does_not_allow_it_says_why_and_keeps_kept_context(context: str) ->
     assert block.plan.context == "kept"
     assert block.plan.context_note.startswith("keys and values from kept tokens only: ")
     assert block.context_graph is None
+
+
+class Casts(nn.Module):
+    """A block that computes its rotation in float32 and casts back, as many of diffusers do."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k = ((part.float() * 2).to(v.dtype) for part in (q, k))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(attended.to(q.dtype))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Casts() for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = x + (timestep[:, None] * 0.01).cos()[..., None].to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("context", ["all", "stale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_of_any_dtype_is_proved_in_float32(dtype: torch.dtype, context: Any) -> None:
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = {"x": x, "timestep": torch.tensor([900.0, 900.0])}
+    options = DiffCRConfig(skip="reuse", context=context, timestep_argument="timestep", timestep_range=(0, 1000))
+    torch.manual_seed(0)
+    model = diffcr_compile.transform(Stack().to(dtype), options, example_inputs=inputs)
+    (family,) = diffcr_compile.explain(model).plan.families
+    assert (family.context, family.context_note) == (context, "")
+    diffcr_compile.set_ratios(model, 0.5)
+    with torch.no_grad():
+        for timestep in (900.0, 600.0, 300.0):
+            found = model(x, torch.full((2,), timestep))
+            assert found.dtype == dtype
+            assert bool(found.isfinite().all())
