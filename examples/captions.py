@@ -94,6 +94,12 @@ def pictures(
     return canvas, labels[chosen], quarters
 
 
+def subjects(number: int, first: int = 0) -> tuple[list[str], Tensor]:
+    """What a sampling is asked for, and the labels (B,): digits in turn from the given one on, in the quarters in turn."""
+    labels, _ = digits.subjects(number, first)
+    return captioned(labels, labels % 4), labels
+
+
 def rotary_table(rows: Tensor, columns: Tensor, head_width: int) -> Rope:
     """Angles of text tokens 0..5 followed by an image's patches, at the given rows and columns.
 

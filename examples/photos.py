@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from digits import build_scheduler as build_scheduler
 from digits import distance as distance
 from digits import frechet_distance as frechet_distance
+from digits import subjects as subjects
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn

@@ -105,7 +105,8 @@ def train_model(
         progress.update()
     ema.copy_to(model.parameters())
     seconds = round(time.perf_counter() - start)
-    return model.eval(), {"steps": steps, "model_seconds": seconds, "last_loss": round(average, 4)}
+    record = {"minutes": args.minutes, "steps": steps, "model_seconds": seconds, "last_loss": round(average, 4)}
+    return model.eval(), record
 
 
 def train_classifier(args: argparse.Namespace) -> photos.PhotoClassifier:
@@ -178,7 +179,6 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "seed": args.seed,
-        "minutes": args.minutes,
         "threads": args.threads,
         "torch": torch.__version__,
         "num_samples": args.num_samples,

@@ -175,3 +175,46 @@ def test_training_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     weights = example(name).load_model(tmp_path / f"{name}_dit.safetensors").state_dict()
     assert all(value.isfinite().all() for value in weights.values())
     assert weights["head.weight"].abs().max() > 0  # zero at the start
+
+
+@pytest.fixture(scope="module")
+def inpainting() -> ModuleType:
+    return example("inpainting")
+
+
+@pytest.mark.slow
+def test_inpainting_leaves_what_is_not_hidden_and_knows_what_is(inpainting: ModuleType) -> None:
+    hidden, labels = inpainting.subjects(12)
+    model = inpainting.load_model()
+    images = inpainting.sample(model, hidden, steps=6, generator=torch.Generator().manual_seed(0))
+    inside, outside = inpainting.errors(images, hidden)
+    assert outside == 0
+    assert 0 < inside < inpainting.errors(torch.full_like(images, -1.0), hidden)[0]
+    guided = inpainting.sample(model, hidden, steps=2, guidance=2.0, generator=torch.Generator().manual_seed(0))
+    assert guided.shape == images.shape
+    later, last = inpainting.subjects(2, 10)
+    assert torch.equal(later.pictures, hidden.pictures[10:])
+    assert torch.equal(last, labels[10:])
+
+
+def test_every_example_says_what_a_sampling_is_asked_for() -> None:
+    for name in ("digits", *NAMES):
+        asked_for, labels = example(name).subjects(12)
+        assert len(asked_for) == len(labels) == 12
+        later, last = example(name).subjects(2, 10)
+        assert list(later) == list(asked_for[10:])
+        assert torch.equal(last, labels[10:])
+
+
+@pytest.mark.slow
+def test_training_script_of_inpainting(inpainting: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["--steps", "2", "--batch", "2", "--num-samples", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_inpainting.py", *command])
+    example("train_inpainting").main()
+    record = json.loads((tmp_path / "inpainting.json").read_text())
+    assert record.keys() >= RECORD_FIELDS - {"minutes"}
+    weights = inpainting.load_model(tmp_path / "inpainting_dit.safetensors").state_dict()
+    assert all(value.isfinite().all() for value in weights.values())
+    assert weights["pos_embed.proj.weight"][:, 1:].abs().max() > 0  # zero at the start
+    trained = json.loads((EXAMPLES / "weights" / "inpainting.json").read_text())
+    assert trained["quality"]["completed"]["error_inside"] < trained["quality"]["empty"]["error_inside"]

@@ -19,6 +19,7 @@ many samples and not made anew are kept. diffusers' caches run where they can be
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import shlex
@@ -130,7 +131,7 @@ class BlockCache:
         self.memory: dict[tuple[int, int], list[tuple[float, Tensor]]] = {}
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for index, block in enumerate(blocks_of(model)):
-            block.forward = types.MethodType(self._forward(index, type(block).forward), block)
+            block.forward = types.MethodType(self._forward(index, block.forward), block)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         now = float(kwargs["timestep" if "timestep" in kwargs else "t"].flatten()[0])
@@ -142,10 +143,10 @@ class BlockCache:
         self.full_steps += self.full
 
     def _forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             """The streams come first, and go out in that order."""
             if self.full:
-                output = base(block, *args, **kwargs)
+                output = base(*args, **kwargs)
                 streams = output if isinstance(output, tuple) else (output,)
                 self.streams = len(streams)
                 for place, stream in enumerate(streams):
@@ -177,7 +178,7 @@ class FirstBlock:
         self.tails: list[Tensor] = []
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for index, block in enumerate(self.blocks):
-            block.forward = types.MethodType(self._forward(index, type(block).forward), block)
+            block.forward = types.MethodType(self._forward(index, block.forward), block)
 
     @property
     def forwards(self) -> float:
@@ -191,14 +192,14 @@ class FirstBlock:
         self.last_time = now
 
     def _forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if index and self.reuses:
                 streams = list(args[: len(self.tails)])
                 if index == len(self.blocks) - 1:
                     streams = [stream + tail for stream, tail in zip(streams, self.tails, strict=True)]
                 return tuple(streams) if len(streams) > 1 else streams[0]
             self.calls += 1
-            output = base(block, *args, **kwargs)
+            output = base(*args, **kwargs)
             streams = list(output) if isinstance(output, tuple) else [output]
             if index == 0:
                 update = streams[0] - args[0]
@@ -233,18 +234,13 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.rows = settings, []  # type: ignore[var-annotated]
         self.example = importlib.import_module(settings.model)
-        self.subjects = self._subjects(settings.samples)
+        self.subjects, _ = self.example.subjects(settings.samples)
         generator = torch.Generator().manual_seed(settings.seed)
         size, channels = self.example.CANVAS_SIZE, getattr(self.example, "CHANNELS", 1)
         self.noise = torch.randn(settings.samples, channels, size, size, generator=generator)
         self.inputs = self.example.calibration_batches(1, 4)[0]
         self.plain = self.example.load_model()
         self.dense = {steps: self._sample(self.plain, steps)[0] for steps in settings.steps}
-
-    def _subjects(self, number: int) -> Any:
-        """What pictures are asked for: labels, or captions."""
-        labels = torch.arange(number) % self.example.NUM_CLASSES
-        return self.example.captioned(labels, labels % 4) if hasattr(self.example, "captioned") else labels
 
     def _sample(self, model: nn.Module, steps: int) -> tuple[Tensor, float]:
         start = time.perf_counter()
@@ -297,7 +293,7 @@ class Bench:
             diffcr_compile.set_ratios(model, 0)
             for place in range(times):
                 generator = torch.Generator().manual_seed(self.settings.seed + 1 + 1000 * place)
-                self.example.sample(model, self._subjects(number), steps=steps, generator=generator)
+                self.example.sample(model, self.example.subjects(number)[0], steps=steps, generator=generator)
         return list(batches)
 
     def _uniform(self, model: nn.Module, budget: float, steps: int) -> None:
@@ -377,23 +373,35 @@ def _regions(steps: int, num_regions: int) -> list[int]:
 
 
 CACHED = {
-    "digits": (r"transformer_blocks\.\d+\.(attn1|ff)", "ff.net.0"),
-    "photos": (r"blocks\.\d+\.(attention|mlp)", "mlp.0"),
+    "digits": (r"transformer_blocks\.\d+\.(attn1|ff)", "ff"),
+    "photos": (r"blocks\.\d+\.(attention|mlp)", "mlp"),
 }
-"""What TaylorSeer caches, whose own patterns know the attention of diffusers' classes alone, and a module within it. The blocks of
-the captions compute their attention in no module of its own."""
+"""What TaylorSeer caches, whose own patterns know the attention of diffusers' classes alone, and one of these. The blocks of the
+captions compute their attention in no module of its own."""
 
 
-def _counted(model: nn.Module, inside: str, put: Callable[[], None]) -> Callable[[], float]:
-    """``put`` a cache of diffusers on the model; the answer counts the forwards of the model that its blocks made."""
-    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+def _counted(model: nn.Module, modules: list[nn.Module], put: Callable[[], None]) -> Callable[[], float]:
+    """``put`` a cache of diffusers on the model; the answer counts the forwards of the model in which all ``modules`` ran."""
+    calls = [0]
+    for module in modules:
+        inner = module.forward
 
-    calls, blocks = [0], blocks_of(model)
-    for block in blocks:
-        block.get_submodule(inside).register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        def forward(_: nn.Module, *args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+            calls[0] += 1
+            return inner(*args, **kwargs)
+
+        module.forward = types.MethodType(forward, module)
     put()
+    reset_caches(model)
+    return lambda: calls[0] / len(modules)
+
+
+def reset_caches(model: nn.Module) -> None:
+    """Have diffusers' caches forget: another sampling begins."""
+    from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
+
+    HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks(recurse=True)
     _set_cache_context(model, CacheContext("all"))
-    return lambda: calls[0] / len(blocks)
 
 
 def thresholded(name: str) -> Iterator[tuple[str, Callable[[nn.Module, float], Callable[[], float]]]]:
@@ -410,7 +418,7 @@ def thresholded(name: str) -> Iterator[tuple[str, Callable[[nn.Module, float], C
 
     def by_diffusers(model: nn.Module, threshold: float) -> Callable[[], float]:
         config = FirstBlockCacheConfig(threshold=threshold)
-        return _counted(model, CACHED[name][1], lambda: apply_first_block_cache(model, config))
+        return _counted(model, blocks_of(model), lambda: apply_first_block_cache(model, config))
 
     yield "FirstBlockCache to the budget", by_diffusers
 
@@ -419,23 +427,23 @@ def _diffusers_caches(name: str) -> Iterator[tuple[str, Callable[[nn.Module], Ca
     """TaylorSeer at intervals: (name, how to put it on a model; that returns a count of the forwards that its blocks made)."""
     if name not in CACHED:
         return
-    pattern, inside = CACHED[name]
-    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
-
     for interval in (2, 3):
         for order in (1, 2):
-            config = TaylorSeerCacheConfig(
-                cache_interval=interval,
-                max_order=order,
-                taylor_factors_dtype=torch.float32,
-                cache_identifiers=[pattern],
-            )
-            yield (
-                f"TaylorSeer, one step in {interval}, order {order}",
-                lambda model, config=config: _counted(  # type: ignore[misc]
-                    model, inside, lambda: apply_taylorseer_cache(model, config)
-                ),
-            )
+            put = functools.partial(taylorseer, name, interval=interval, order=order)
+            yield f"TaylorSeer, one step in {interval}, order {order}", put
+
+
+def taylorseer(name: str, model: nn.Module, interval: int, order: int) -> Callable[[], float]:
+    """diffusers' TaylorSeer on the model of an example; a count of the forwards that its blocks made. KeyError where what it
+    caches lies in no modules of their own."""
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    pattern, part = CACHED[name]
+    config = TaylorSeerCacheConfig(
+        cache_interval=interval, max_order=order, taylor_factors_dtype=torch.float32, cache_identifiers=[pattern]
+    )
+    parts = [block.get_submodule(part) for block in blocks_of(model)]
+    return _counted(model, parts, lambda: apply_taylorseer_cache(model, config))
 
 
 def is_rival(row: Row) -> bool:

@@ -3,11 +3,15 @@
     python examples/benchmarks/quality.py                      # hours on two cores; goes on where it was interrupted
     python examples/benchmarks/quality.py --shares 0.8 --seeds 0 --training-steps 100
     python examples/benchmarks/quality.py --model photos --methods "training-free (reuse)" "dense, fewer steps"
+    python examples/benchmarks/quality.py --model captions --guidance 2     # with classifier-free guidance, in one call
+    python examples/benchmarks/quality.py --sampler-steps 50 --record quality_50_steps
 
 Every method starts from the same trained weights; those that train take as many steps on the same batches. *Moved* is the mean
 squared distance of the samples from the dense model's, from equal noise; Fréchet distances are to held-out real pictures, in
-features of the example's classifier, and compare within one table only. Each finished cell is kept in `quality.json`; `quality.md`
-is written from it; of another model, in `quality_NAME.json` and `quality_NAME.md`.
+features of the example's classifier, and compare within one table only; time is that of a sampling with all blocks compiled. Caches
+that meet a budget by a threshold have it found on other pictures than those that are measured. Each finished cell is kept in
+`quality.json`, of one group of settings; `quality.md` is written from it; of another model, in `quality_NAME.json` and
+`quality_NAME.md`.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ import shlex
 import statistics
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import digits
+from inside import BlockCache, blocks_of, reset_caches, taylorseer, thresholded, within
+from timing import Rounds, measure_in_turn, ratio_quartiles
 
 import diffcr_compile
 from diffcr_compile import CalibrationConfig, DiffCRConfig
@@ -43,32 +50,62 @@ example: Any = digits
 
 HERE = Path(__file__).parent
 BATCH, NUM_BATCHES = 8, 48
-SAMPLER_STEPS = 20
-GUIDANCE = 3.0
 RECORDED, LEARNED = 4, 4
 """Pictures of one recorded sampling, and samplings that reuse is learned on."""
+
+TIMED = Rounds(fewest=3, most=9, seconds=6.0)
+THRESHOLDS = 6
+"""Halvings of the interval from 0 to 1 in which a cache's threshold is looked for."""
 
 TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a run share."""
+    """What all cells of a record share. guidance: scale of classifier-free guidance, 1 for none; in one call or two."""
 
+    model: str
     training_steps: int
     samples: int
+    sampler_steps: int = 20
+    guidance: float = 1.0
+    two_calls: bool = False
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What a sampler is told, beside its steps."""
+        return {"guidance": self.guidance, **({"two_calls": True} if self.two_calls else {})}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method makes a model for: one cell of the table."""
+
+    settings: Settings
+    batches: list[dict[str, Tensor]]
+    budget: float
+    seed: int
+
+    @property
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """The batches as the model takes them."""
+        return without_targets(self.batches)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model ready to sample, how many steps it takes, the share of the dense sampling's FLOPs that it then has, and the guidance
-    that it is sampled with (1: none), in one call or two."""
+    """A model ready to sample, how many steps it takes, and the share of the dense sampling's FLOPs that it then has.
+
+    forwards: of a cache, how many forwards of the dense model its blocks have made, which tells the share. compiled: whether the
+    blocks are. reset: before each sampling.
+    """
 
     model: nn.Module
     steps: int
-    share: float
-    guidance: float = 1.0
-    two_calls: bool = False
+    share: float = 0.0
+    forwards: Callable[[], float] | None = None
+    compiled: bool = False
+    reset: Callable[[], object] = lambda: None
 
 
 def diffusion_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -81,83 +118,89 @@ def velocity(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def subjects(first: int, number: int) -> Any:
-    """What so many pictures are of: labels, or captions."""
-    labels = torch.arange(first, first + number) % example.NUM_CLASSES
-    return example.captioned(labels, labels % 4) if hasattr(example, "captioned") else labels
-
-
 def without_targets(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{name: value for name, value in batch.items() if name != "velocity"} for batch in batches]
 
 
-def routed(batches: list[dict[str, Tensor]], **options: Any) -> nn.Module:
+def routed(task: Task, **options: Any) -> nn.Module:
     return diffcr_compile.transform(
-        example.load_model(), DiffCRConfig(**options), example_inputs=without_targets(batches[:1])[0]
+        example.load_model(), DiffCRConfig(**options), example_inputs=without_targets(task.batches[:1])[0]
     )
 
 
-def sampler_share(model: nn.Module) -> float:
+def plain() -> nn.Module:
+    """The dense model, its blocks compiled one by one: a graph for all of them."""
+    model = example.load_model()
+    run = torch.compile(type(blocks_of(model)[0]).forward, dynamic=False)
+    for block in blocks_of(model):
+        block.forward = types.MethodType(run, block)
+    return model
+
+
+def sampler_share(model: nn.Module, steps: int) -> float:
     """FLOPs over the sampler's timesteps, as a share of the dense ones; with reuse the first step is dense."""
     cost = diffcr_compile.cost(model)
     scheduler = digits.build_scheduler()
-    scheduler.set_timesteps(SAMPLER_STEPS)
+    scheduler.set_timesteps(steps)
     rows = len(cost.routed_flops)
     flops = [cost.routed_flops[int(step) * rows // TIMESTEPS] for step in scheduler.timesteps]
     if cost.memory_bytes:
         flops[0] = cost.dense_flops
-    return sum(flops) / SAMPLER_STEPS / cost.dense_flops
+    return sum(flops) / steps / cost.dense_flops
 
 
-def uniform_ratio(model: nn.Module, budget: float) -> float:
+def made_of(model: nn.Module, task: Task) -> Made:
+    """A routed model, sampled in the settings' steps."""
+    return Made(model, task.settings.sampler_steps, sampler_share(model, task.settings.sampler_steps))
+
+
+def set_uniform_ratio(model: nn.Module, budget: float) -> None:
     """The smallest ratio that costs at most ``budget`` where all blocks and regions have it."""
     low, high = 0, 1000
     while low < high:
         middle = (low + high) // 2
         diffcr_compile.set_ratios(model, middle / 1000)
         low, high = (low, middle) if diffcr_compile.cost(model).share <= budget else (middle + 1, high)
-    return low / 1000
+    diffcr_compile.set_ratios(model, low / 1000)
 
 
-def trained(model: nn.Module, batches: list[dict[str, Tensor]], budget: float, distil: bool, **options: Any) -> Made:
+def trained(model: nn.Module, task: Task, *, distil: bool = True, budget: float | None = None, **options: Any) -> Made:
     """``model`` after calibration: by distillation, or by the diffusion loss."""
-    config = CalibrationConfig(**options)
-    if distil:
-        diffcr_compile.calibrate(model, without_targets(batches), budget=budget, config=config)
-    else:
-        diffcr_compile.calibrate(model, batches, budget=budget, config=config, loss=diffusion_loss)
-    return Made(model, SAMPLER_STEPS, sampler_share(model))
+    config = CalibrationConfig(steps=task.settings.training_steps, seed=task.seed, **options)
+    batches, loss = (task.inputs, None) if distil else (task.batches, diffusion_loss)
+    diffcr_compile.calibrate(model, batches, budget=budget or task.budget, config=config, loss=loss)
+    return made_of(model, task)
 
 
-def control(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def control(task: Task) -> Made:
     """The dense model, trained on by the diffusion loss as long as the others."""
-    return trained(routed(batches), batches, 1.0, distil=False, steps=steps, seed=seed, ramp=0.0, settle=1.0)
+    return trained(routed(task), task, budget=1.0, distil=False, ramp=0.0, settle=1.0)
 
 
-def random_tokens(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def random_tokens(task: Task) -> Made:
     """One ratio throughout, tokens by routers that know nothing."""
-    model = routed(batches)
-    diffcr_compile.set_ratios(model, uniform_ratio(model, budget))
-    return Made(model, SAMPLER_STEPS, sampler_share(model))
+    model = routed(task)
+    set_uniform_ratio(model, task.budget)
+    return made_of(model, task)
 
 
-def mixture_of_depths(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def mixture_of_depths(task: Task) -> Made:
     """One ratio throughout, routers and weights trained at it."""
-    model = routed(batches)
-    diffcr_compile.set_ratios(model, uniform_ratio(model, budget))
-    return trained(model, batches, budget, distil=True, steps=steps, seed=seed, ramp=0.0, settle=1.0)
+    model = routed(task)
+    set_uniform_ratio(model, task.budget)
+    return trained(model, task, ramp=0.0, settle=1.0)
 
 
-def layer_drop(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def layer_drop(task: Task) -> Made:
     """Whole blocks left out in all timesteps, those first without which the output changes least; weights trained without them."""
-    model = routed(batches)
+    model = routed(task)
     table = torch.zeros_like(diffcr_compile.ratios(model))
-    for block in harms(model, without_targets(batches[:4])).argsort().tolist():
-        if diffcr_compile.cost(model).share <= budget:
+    for block in harms(model, task.inputs[:4]).argsort().tolist():
+        if diffcr_compile.cost(model).share <= task.budget:
             break
         table[:, block] = 1.0
         diffcr_compile.set_ratios(model, table)
-    return trained(model, batches, budget, distil=True, steps=steps, seed=seed, ramp=0.0, settle=1.0)
+    return trained(model, task, ramp=0.0, settle=1.0)
 
 
 @torch.no_grad()
@@ -177,44 +220,22 @@ def harms(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     return torch.tensor(found)
 
 
-def layer_wise(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def layer_wise(task: Task) -> Made:
     """DiffCR with one ratio a layer, by the paper's estimator."""
-    model = routed(batches, num_regions=1)
-    return trained(model, batches, budget, distil=True, steps=steps, seed=seed, estimator="two-bin")
+    return trained(routed(task, num_regions=1), task, estimator="two-bin")
 
 
-def papers_recipe(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
+def papers_recipe(task: Task) -> Made:
     """DiffCR, layer- and timestep-wise, with the paper's gate and loss, no warm start; budget in FLOPs."""
-    model = routed(batches, gate="sigmoid")
-    chosen = {"preset": "paper", "steps": steps, "seed": seed, "budget_kind": "flops"}
-    return trained(model, batches, budget, distil=False, **chosen)
+    return trained(routed(task, gate="sigmoid"), task, distil=False, preset="paper", budget_kind="flops")
 
 
-def ours(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The default: layer- and timestep-wise, exact gate, distillation, warm start, single-pass."""
-    return trained(routed(batches), batches, budget, distil=True, steps=steps, seed=seed)
+def ours(task: Task, learning: dict[str, Any] | None = None, **options: Any) -> Made:
+    """The default: layer- and timestep-wise, exact gate, distillation, warm start, single-pass; but for what is given."""
+    return trained(routed(task, **options), task, **(learning or {}))
 
 
-def ours_two_bin(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The default with the paper's estimator: as many steps, in more time."""
-    return trained(routed(batches), batches, budget, distil=True, steps=steps, seed=seed, estimator="two-bin")
-
-
-def ours_low_rank(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The default with adapters of rank 16 in place of the weights."""
-    chosen = {"trainable": "lora", "lora_rank": 16, "learning_rate": 1e-3}
-    return trained(routed(batches), batches, budget, distil=True, steps=steps, seed=seed, **chosen)
-
-
-def ours_with_context(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The default, but all tokens give keys and values."""
-    model = routed(batches, context="all")
-    return trained(model, batches, budget, distil=True, steps=steps, seed=seed)
-
-
-def ours_timestep(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The default with routers that see the timestep."""
-    return trained(routed(batches, router="timestep"), batches, budget, distil=True, steps=steps, seed=seed)
+LOW_RANK = {"trainable": "lora", "lora_rank": 16, "learning_rate": 1e-3}
 
 
 def guided(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -227,189 +248,227 @@ def guided(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return paired
 
 
-def with_guidance(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int, **options: Any) -> Made:
-    """The default, learned on guidance batches and sampled with guidance."""
-    batches = guided(batches)
-    made = trained(routed(batches, **options), batches, budget, distil=True, steps=steps, seed=seed)
-    return replace(made, guidance=GUIDANCE)
+def sample(made: Made, number: int, first: int, seed: int, settings: Settings) -> Tensor:
+    """So many pictures, of subjects from the given one on."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted, _ = example.subjects(number, first)
+    made.reset()
+    return example.sample(made.model.eval(), wanted, steps=made.steps, generator=generator, **settings.sampling)
 
 
-def with_shared_guidance(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The same, but both halves keep the same tokens."""
-    return with_guidance(batches, budget, steps, seed, guidance="shared")
-
-
-def sampled(made: Made, wanted: Any, generator: torch.Generator) -> Tensor:
-    """Pictures of what is wanted."""
-    how = {"two_calls": True} if made.two_calls else {}
-    return example.sample(
-        made.model.eval(), wanted, steps=made.steps, guidance=made.guidance, generator=generator, **how
-    )
-
-
-def samplings(made: Made, number: int, seed: int) -> list[dict[str, Any]]:
+def samplings(model: nn.Module, number: int, task: Task) -> list[dict[str, Any]]:
     """What the denoiser is fed in so many dense samplings, step by step."""
-    with diffcr_compile.record(made.model) as recorded:
+    made = Made(model, task.settings.sampler_steps)
+    with diffcr_compile.record(model) as recorded:
         for place in range(number):
-            generator = torch.Generator().manual_seed(seed + 1 + 1000 * place)
-            sampled(made, subjects(place * RECORDED, RECORDED), generator)
+            sample(made, RECORDED, place * RECORDED, task.seed + 1 + 1000 * place, task.settings)
     return list(recorded)
 
 
-def training_free(
-    batches: list[dict[str, Tensor]],
-    budget: float,
-    steps: int,
-    seed: int,
-    guidance: float = 1.0,
-    two_calls: bool = False,
-) -> Made:
+def training_free(task: Task) -> Made:
     """Tokens in turn, updates reused and extrapolated, full context; the table from one dense sampling."""
-    made = Made(routed(batches, skip="reuse"), SAMPLER_STEPS, 1.0, guidance, two_calls)
-    diffcr_compile.calibrate(made.model, samplings(made, 1, seed), budget=budget)
-    return replace(made, share=sampler_share(made.model))
+    model = routed(task, skip="reuse")
+    diffcr_compile.calibrate(model, samplings(model, 1, task), budget=task.budget)
+    return made_of(model, task)
 
 
-def learned_on_reuse(
-    batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int, trainable: str = "all", **options: Any
-) -> Made:
-    """Learning on top of reuse, from a few dense samplings, at the rate of the default."""
-    model = routed(batches, skip="reuse", **{"num_regions": 10, **options})
-    config = CalibrationConfig(steps=steps, seed=seed, trainable=trainable)  # type: ignore[arg-type]
-    diffcr_compile.calibrate(
-        model, samplings(Made(model, SAMPLER_STEPS, 1.0), LEARNED, seed), budget=budget, config=config
-    )
-    return Made(model, SAMPLER_STEPS, sampler_share(model))
+def learned_on_reuse(task: Task, trainable: str = "all", **options: Any) -> Made:
+    """Learning on top of reuse, from a few dense samplings, at the rate of the default. With the weights left alone: as the
+    training-free row, but for where the table comes from."""
+    model = routed(task, skip="reuse", **{"num_regions": 10, **options})
+    batches = samplings(model, LEARNED, task)
+    return trained(model, replace(task, batches=batches), trainable=trainable)
 
 
-def learned_table_on_reuse(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The same with the weights left alone: as the training-free row, but for where the table comes from."""
-    return learned_on_reuse(batches, budget, steps, seed, trainable="routers")
-
-
-def routers_on_reuse(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int) -> Made:
-    """The same with tokens by score and age instead of in turn."""
-    return learned_on_reuse(batches, budget, steps, seed, trainable="routers", selection="score and turn")
-
-
-def fewer_steps(batches: list[dict[str, Tensor]], budget: float, steps: int, seed: int, guidance: float = 1.0) -> Made:
+def fewer_steps(task: Task) -> Made:
     """The dense model in fewer sampling steps."""
-    fewer = round(budget * SAMPLER_STEPS)
-    return Made(example.load_model(), fewer, fewer / SAMPLER_STEPS, guidance)
+    steps = task.settings.sampler_steps
+    fewer = round(task.budget * steps)
+    return Made(plain(), fewer, fewer / steps, compiled=True)
 
 
-METHODS: dict[str, Callable[..., Made]] = {
+def blocks_cached(task: Task, order: int) -> Made:
+    """All blocks computed in as many steps as the budget allows, evenly apart; their last updates reused or extrapolated else."""
+    model, steps = plain(), task.settings.sampler_steps
+    cache = BlockCache(model, within(task.budget, steps), order)
+    return Made(model, steps, forwards=lambda: cache.full_steps, compiled=True)
+
+
+def first_block_cached(task: Task) -> Made:
+    """FirstBlockCache, or its rule, at the lowest threshold that meets the budget on pictures of its own."""
+    steps = task.settings.sampler_steps
+    ((_, put),) = thresholded(task.settings.model)
+
+    def at(threshold: float) -> Made:
+        model = plain()
+        forwards = put(model, threshold)
+        return Made(model, steps, forwards=forwards, compiled=True, reset=partial(reset_caches, model))
+
+    low, high = 0.0, 1.0
+    for _ in range(THRESHOLDS):
+        middle = (low + high) / 2
+        made = at(middle)
+        sample(made, RECORDED, 0, task.seed + 1, task.settings)
+        within_budget = made.forwards() <= task.budget * steps + 1e-9  # type: ignore[misc]
+        low, high = (low, middle) if within_budget else (middle, high)
+    return at(high)
+
+
+def taylorseer_cached(task: Task) -> Made:
+    """TaylorSeer of second order at the shortest interval that meets the budget: two dense steps, then one in so many."""
+    steps = task.settings.sampler_steps
+    rest = max(task.budget * steps - 2, 1)
+    model = example.load_model()
+    interval = max(2, -(-(steps - 2) // int(rest)))
+    forwards = taylorseer(task.settings.model, model, interval, 2)
+    return Made(model, steps, forwards=forwards, reset=partial(reset_caches, model))
+
+
+METHODS: dict[str, Callable[[Task], Made]] = {
     "training-free (reuse)": training_free,
     "dense, fewer steps": fewer_steps,
+    "whole blocks cached": partial(blocks_cached, order=0),
+    "whole blocks cached, extrapolated": partial(blocks_cached, order=1),
+    "FirstBlockCache": first_block_cached,
+    "TaylorSeer": taylorseer_cached,
     "random tokens": random_tokens,
     "ours (default)": ours,
-    "ours, two-bin": ours_two_bin,
+    "ours, two-bin": partial(ours, learning={"estimator": "two-bin"}),
     "uniform MoD": mixture_of_depths,
     "layer drop": layer_drop,
     "DiffCR-L": layer_wise,
     "DiffCR-LT, paper's recipe": papers_recipe,
-    "ours, all context": ours_with_context,
-    "ours, LoRA": ours_low_rank,
-    "ours, routers see the timestep": ours_timestep,
+    "ours, all context": partial(ours, context="all"),
+    "ours, LoRA": partial(ours, learning=LOW_RANK),
+    "ours, routers see the timestep": partial(ours, router="timestep"),
+    "ours, guidance shared": partial(ours, guidance="shared"),
     "reuse, learned": learned_on_reuse,
-    "reuse, learned table": learned_table_on_reuse,
-    "reuse, learned table, score and turn": routers_on_reuse,
-    "ours, guided": with_guidance,
-    "ours, guided, shared": with_shared_guidance,
-    "training-free (reuse), guided": partial(training_free, guidance=GUIDANCE),
-    "training-free (reuse), guided in two calls": partial(training_free, guidance=GUIDANCE, two_calls=True),
-    "dense, fewer steps, guided": partial(fewer_steps, guidance=GUIDANCE),
+    "reuse, learned table": partial(learned_on_reuse, trainable="routers"),
+    "reuse, learned table, score and turn": partial(learned_on_reuse, trainable="routers", selection="score and turn"),
 }
-"""How each row is made. Guidance in two calls takes a sampler that can: that of the captions."""
+"""How each row is made."""
 
 
 class Bench:
     """Makes, samples, measures; keeps each cell as soon as it is there."""
 
-    def __init__(self, settings: Settings, file: Path) -> None:
-        self.settings, self.file = settings, file
-        self.cells: dict[str, dict[str, Any]] = json.loads(file.read_text())["cells"] if file.exists() else {}
+    def __init__(self, settings: Settings, file: Path, command: str, *, timed: bool) -> None:
+        self.settings, self.file, self.timed = settings, file, timed
+        self.commands, self.cells = [], {}  # type: ignore[var-annotated]
+        if file.exists():
+            record = json.loads(file.read_text())
+            if record["settings"] != asdict(settings):
+                raise SystemExit(
+                    f"{file} holds cells of {record['settings']}, not of {asdict(settings)}: take --record"
+                )
+            self.commands, self.cells = record["commands"], record["cells"]
+        self.commands += [command] if command not in self.commands else []
         self.classifier = example.load_classifier()
         real = example.pictures(5 * settings.samples, torch.Generator().manual_seed(11), train=False)[0]
         self.real = self.classifier.features(real).detach()
-        self.references: dict[tuple[int, float], Tensor] = {}
+        self.dense = Made(plain(), settings.sampler_steps, compiled=True)
+        self.references: dict[int, Tensor] = {}
 
-    def run(self, method: str, make: Callable[..., Made], budget: float, seed: int) -> None:
+    def run(self, method: str, make: Callable[[Task], Made], budget: float, seed: int) -> None:
         """One cell, unless it is known."""
-        key = f"{method} | {budget} | {seed} | {self.settings.training_steps} | {self.settings.samples}"
+        key = f"{method} | {budget} | {seed}"
         if key in self.cells:
             return
         start = time.perf_counter()
         try:
             batches = example.calibration_batches(NUM_BATCHES, BATCH, seed, targets=True)
-            made = make(batches, budget, self.settings.training_steps, seed)
-        except diffcr_compile.UnsupportedError as error:  # adapters want peft
-            print(f"{method}: {error}", file=sys.stderr)
+            made = make(Task(self.settings, guided(batches) if self.settings.guidance != 1 else batches, budget, seed))
+        except (
+            diffcr_compile.UnsupportedError,
+            KeyError,
+        ) as error:  # adapters want peft; a cache may not know the model
+            print(f"{method}: {type(error).__name__}: {error}", file=sys.stderr)
             return
         seconds = time.perf_counter() - start
-        labels = torch.arange(self.settings.samples) % example.NUM_CLASSES
-        images = self._sample(made, seed)
+        number, before = self.settings.samples, made.forwards() if made.forwards else 0.0
+        images = sample(made, number, 0, 1000 + seed, self.settings)
+        share = (made.forwards() - before) / made.steps if made.forwards else made.share
+        if seed not in self.references:
+            self.references[seed] = sample(self.dense, number, 0, 1000 + seed, self.settings)
+        wanted, labels = example.subjects(number)
         self.cells[key] = {
             "method": method,
             "budget": budget,
             "seed": seed,
-            "share": made.share,
-            "moved": digits.distance(images, self._reference(seed, made.guidance)),
+            "share": share,
+            "time": self._time_share(made) if self.timed else None,
+            "moved": digits.distance(images, self.references[seed]),
             "frechet": digits.frechet_distance(self.real, self.classifier.features(images).detach()),
             "accuracy": example.class_accuracy(images, labels, self.classifier),
+            "inside": example.errors(images, wanted)[0] if hasattr(example, "errors") else None,
             "seconds": seconds,
         }
-        record = {"torch": torch.__version__, "command": f"python {shlex.join(sys.argv)}", "cells": self.cells}
-        self.file.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"torch": torch.__version__, "commands": self.commands, "settings": asdict(self.settings)}
+        self.file.write_text(json.dumps({**record, "cells": self.cells}, indent=1) + "\n")
 
-    def _sample(self, made: Made, seed: int) -> Tensor:
-        return sampled(made, subjects(0, self.settings.samples), torch.Generator().manual_seed(1000 + seed))
+    def _time_share(self, made: Made) -> float | None:
+        """Of a sampling of a batch, over the dense one's, the blocks of both compiled: the median of several in turn."""
+        if not made.compiled and made.forwards:
+            return None  # hooks inside the blocks
+        if not made.compiled:
+            diffcr_compile.lower(made.model, scope="regional")
+        calls = {
+            name: (lambda: None, partial(sample, model, BATCH, 0, 0, self.settings))
+            for name, model in (("made", made), ("dense", self.dense))
+        }
+        times = measure_in_turn(calls, TIMED)
+        return ratio_quartiles(times["made"], times["dense"])[1]
 
-    def _reference(self, seed: int, guidance: float) -> Tensor:
-        if (seed, guidance) not in self.references:
-            self.references[seed, guidance] = self._sample(
-                Made(example.load_model(), SAMPLER_STEPS, 1.0, guidance), seed
-            )
-        return self.references[seed, guidance]
+    def as_markdown(self) -> str:
+        """One table a share: means over seeds, the spread (half the range) behind ±."""
+        settings = self.settings
+        guidance = "no guidance"
+        if settings.guidance != 1:
+            guidance = f"guidance {settings.guidance:g} in {'two calls' if settings.two_calls else 'one call'}"
+        lines = [
+            "# Quality at equal FLOPs",
+            "",
+            f"{', again by '.join(f'`{command}`' for command in self.commands)}, torch {torch.__version__}, CPU, float32, "
+            f"{settings.model} DiT (256 tokens), {settings.training_steps} training steps of batch {BATCH} where anything is "
+            f"trained, {settings.samples} samples, {settings.sampler_steps} DDIM steps, {guidance}. "
+            "Share: FLOPs of the sampling over the dense one's. Time: of a sampling of a batch over the dense one's, blocks "
+            "compiled, in turn. Moved: mean squared distance from the dense samples, equal noise. Fréchet: to held-out real "
+            "pictures, comparable within this page. Accuracy: the asked class, by a classifier. Error inside: of inpainting, mean "
+            "squared, inside the masks. Seconds: to make the model, search for blocks and dense outputs included; they compare "
+            "only where the machine was idle. Means over the seeds given; ± half their range.",
+        ]
+        cells = list(self.cells.values())
+        shown = {name: how for name, how in COLUMNS.items() if any(cell.get(how[0]) is not None for cell in cells)}
+        for budget in sorted({cell["budget"] for cell in cells}, reverse=True):
+            lines += ["", f"## FLOPs share {budget:g}", ""]
+            lines += [f"| method | seeds | {' | '.join(shown)} |", f"|{'---|' * (2 + len(shown))}"]
+            here = [cell for cell in cells if cell["budget"] == budget]
+            methods = dict.fromkeys(cell["method"] for cell in here)
+            groups = [[cell for cell in here if cell["method"] == method] for method in methods]
+            for group in sorted(groups, key=lambda group: statistics.mean(cell["moved"] for cell in group)):
+                columns = [_spread([cell.get(name) for cell in group], form) for name, form in shown.values()]
+                lines.append(f"| {group[0]['method']} | {len(group)} | " + " | ".join(columns) + " |")
+        return "\n".join(lines) + "\n"
 
 
-def as_markdown(cells: list[dict[str, Any]], settings: Settings, command: str) -> str:
-    """One table a share: means over seeds, the spread (half the range) behind ±."""
-    lines = [
-        "# Quality at equal FLOPs",
-        "",
-        f"`{command}`, torch {torch.__version__}, CPU, float32, {example.__name__} DiT (256 tokens), "
-        f"{settings.training_steps} training steps of batch {BATCH} where anything is trained, {settings.samples} samples, "
-        f"{SAMPLER_STEPS} DDIM steps, no guidance (rows named guided: {GUIDANCE:g}, moved from dense samples with it). "
-        "Share: FLOPs of the sampling over the dense one's. Moved: mean squared distance "
-        "from the dense samples, equal noise. Fréchet: to held-out real pictures, comparable within this page. Accuracy: the asked "
-        "class, by a classifier. Seconds: to make the model, search for blocks and dense outputs included; they compare only where "
-        "the machine was idle. Means over the seeds given; ± half their range.",
-    ]
-    for budget in sorted({cell["budget"] for cell in cells}, reverse=True):
-        lines += ["", f"## FLOPs share {budget:g}", ""]
-        lines += ["| method | seeds | share | moved | Fréchet | accuracy | seconds |", "|---|---|---|---|---|---|---|"]
-        here = [cell for cell in cells if cell["budget"] == budget]
-        methods = dict.fromkeys(cell["method"] for cell in here)
-        groups = [[cell for cell in here if cell["method"] == method] for method in methods]
-        for group in sorted(groups, key=lambda group: statistics.mean(cell["moved"] for cell in group)):
-            columns = [
-                _spread([cell[name] for cell in group], form)
-                for name, form in (
-                    ("share", ".3f"),
-                    ("moved", ".2g"),
-                    ("frechet", ".0f"),
-                    ("accuracy", ".0%"),
-                    ("seconds", ".0f"),
-                )
-            ]
-            lines.append(f"| {group[0]['method']} | {len(group)} | " + " | ".join(columns) + " |")
-    return "\n".join(lines) + "\n"
+COLUMNS = {
+    "share": ("share", ".3f"),
+    "time": ("time", ".2f"),
+    "moved": ("moved", ".2g"),
+    "Fréchet": ("frechet", ".0f"),
+    "accuracy": ("accuracy", ".0%"),
+    "error inside": ("inside", ".3g"),
+    "seconds": ("seconds", ".0f"),
+}
+"""Columns of a table: what they show of a cell, and how numbers are written there."""
 
 
-def _spread(values: list[float], form: str) -> str:
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):{form}}" + (f" ± {half:{form}}" if half else "")
+def _spread(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    half = (max(known) - min(known)) / 2
+    return f"{statistics.mean(known):{form}}" + (f" ± {half:{form}}" if half else "")
 
 
 def main() -> None:
@@ -418,10 +477,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--training-steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--sampler-steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--two-calls", action="store_true", help="of guidance; takes a sampler that can: captions")
+    parser.add_argument(
+        "--times", action=argparse.BooleanOptionalAction, default=True, help="compile and time each model"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "dense, trained on"], default=None)
     parser.add_argument(
-        "--model", choices=["digits", "photos", "captions"], default="digits", help="module of examples/"
+        "--model", choices=["digits", "photos", "captions", "inpainting"], default="digits", help="module of examples/"
     )
     parser.add_argument("--record", help="name of the files that are written; quality, or quality_MODEL, if not given")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of quality.json and quality.md")
@@ -431,8 +496,16 @@ def main() -> None:
     name = options.record or ("quality" if options.model == "digits" else f"quality_{options.model}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="the routers are untrained")
-    settings = Settings(options.training_steps, options.samples)
-    bench = Bench(settings, options.out / f"{name}.json")
+    settings = Settings(
+        options.model,
+        options.training_steps,
+        options.samples,
+        options.sampler_steps,
+        options.guidance,
+        options.two_calls,
+    )
+    command = f"python {shlex.join(sys.argv)}"
+    bench = Bench(settings, options.out / f"{name}.json", command, timed=options.times)
     chosen = options.methods or ["dense, trained on", *METHODS]
     cells = [(method, share, seed) for seed in options.seeds for share in options.shares for method in chosen]
     for method, share, seed in tqdm(cells, desc="cells"):
@@ -440,9 +513,7 @@ def main() -> None:
             bench.run(method, control, 1.0, seed)
         else:
             bench.run(method, METHODS[method], share, seed)
-        (options.out / f"{name}.md").write_text(
-            as_markdown(list(bench.cells.values()), settings, f"python {shlex.join(sys.argv)}")
-        )
+        (options.out / f"{name}.md").write_text(bench.as_markdown())
     print((options.out / f"{name}.md").read_text())
 
 
