@@ -202,14 +202,14 @@ def remember_tokens(memory: Memory, kept: Tensor, updates: list[Tensor], axes: l
     for history, update, (token_axis, batch_axis) in zip(memory.updates, updates, axes, strict=True):
         rows = _rows_of(kept, memory, token_axis, batch_axis)
         order = (min(token_axis, batch_axis), max(token_axis, batch_axis))
-        values = update.detach().movedim(order, (0, 1)).flatten(0, 1)
-        for later in range(len(history) - 1, 0, -1):
-            history[later].index_copy_(0, rows, history[later - 1].index_select(0, rows))
-        history[0].index_copy_(0, rows, values.to(history.dtype))
-    times = memory.times
-    for later in range(len(times) - 1, 0, -1):
-        times[later].scatter_(1, kept, times[later - 1].gather(1, kept))
-    times[0].scatter_(1, kept, memory.now.unsqueeze(-1).expand(kept.shape))
+        values = update.detach().movedim(order, (0, 1)).flatten(0, 1).to(history.dtype)
+        values = torch.cat([values.unsqueeze(0), history[:-1].index_select(1, rows)])
+        levels = torch.arange(len(history), device=rows.device).unsqueeze(1)
+        # one write into the whole buffer: of one into a part of it a graph makes a copy of all, and copies that back
+        history.index_put_((levels, rows.unsqueeze(0)), values)
+    times, places = memory.times, kept.expand(len(memory.times), *kept.shape)
+    now = memory.now.unsqueeze(-1).expand(kept.shape)
+    times.scatter_(2, places, torch.cat([now.unsqueeze(0), times[:-1].gather(2, places[1:])]))
     memory.age.add_(1).scatter_(1, kept, 0.0)
 
 
