@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..defaults import on_cpu
 from ..errors import UnsupportedError
 from ..routed import ModelRouting
+from ..sharding import is_shard, local
 
 NAME = "diffcr"
 
@@ -21,7 +23,7 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
 
     Afterwards the layers are as before, with the adapters' products added to their weights; after an error without. peft draws the
     adapters' start from the global generator, which is put back. Raises UnsupportedError where peft is missing, where the model
-    has adapters already, or where no routed block has a linear layer.
+    has adapters already, or where no routed block has a linear layer or one is quantised.
     """
     try:
         from peft import LoraConfig
@@ -45,23 +47,41 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
     ]
     if not targets:
         raise UnsupportedError("no routed block has a linear layer to adapt: train 'all' or 'routers'.")
+    for name in targets:
+        if hasattr(type(weight := model.get_submodule(name).weight), "__tensor_flatten__") and not is_shard(weight):
+            raise UnsupportedError(
+                f"the weight of {name} is quantised ({type(weight).__name__}), and an adapter's product can't be added to it. "
+                "Quantise after calibrate, train 'routers', or put adapters of your own on the model and train 'all'."
+            )
     described = vars(model).get("peft_config")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     try:
         with torch.random.fork_rng(), on_cpu():
             torch.manual_seed(seed)
-            tuner = LoraModel(model, config, NAME)
+            LoraModel(model, config, NAME)
         yield
-    except BaseException:
+        _merge([module for module in model.modules() if isinstance(module, BaseTunerLayer)])
+    finally:
         for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):  # the tuner that would unload them may have failed on the way
+            if isinstance(module, BaseTunerLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
-        raise
-    else:
-        tuner.merge_and_unload()
-    finally:
         vars(model).pop("peft_config", None)
         if described is not None:
             described.pop(NAME, None)
             model.peft_config = described  # type: ignore[assignment]
+
+
+def _merge(layers: list[Any]) -> None:
+    """Add each adapter's product to the weight below; to none after an error, for which the CPU holds copies meanwhile."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            before.append((weight, local(weight.detach()).to("cpu", copy=True)))
+            layer.merge()
+    except BaseException:
+        with torch.no_grad():
+            for weight, value in before:
+                local(weight).copy_(value)
+        raise

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffcr_compile.calibration.adapters import low_rank
-from models import Shape, TinyDiT, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import nn
 
 import diffcr_compile
@@ -209,3 +209,37 @@ def test_without_peft_it_says_what_to_install(model: TinyDiT, monkeypatch: pytes
         UnsupportedError, match=r"imported \(import of peft halted.*pip install 'diffcr-compile\[peft\]'"
     ):
         diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG)
+
+
+def test_an_interrupted_merge_leaves_the_model_as_it_was(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    merge, calls = Linear.merge, [0]
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        merge(self, *args, **kwargs)
+
+    before = snapshot(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(Linear, "merge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG)
+    assert calls[0] == 3
+    assert same_snapshot(snapshot(model), before)
+    assert 0.59 < diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG).share <= 0.6
+
+
+def test_quantised_weights_are_refused_before_anything_is_learned() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = original(Shape("plain", depth=2, heads=2, head_dim=8))
+    quantize_(model, Int8WeightOnlyConfig())
+    given = [tiny_inputs(Shape("plain", depth=2, heads=2, head_dim=8), timestep=STEPS)]
+    diffcr_compile.transform(model, example_inputs=given[0])
+    before = attributes(model)
+    with pytest.raises(UnsupportedError, match=r"the weight of blocks\.0\.\S+ is quantised"):
+        diffcr_compile.calibrate(model, given, budget=0.6, config=CONFIG)
+    assert attributes(model) == before
