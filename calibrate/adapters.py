@@ -48,7 +48,8 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
     if not targets:
         raise UnsupportedError("no routed block has a linear layer to adapt: train 'all' or 'routers'.")
     for name in targets:
-        if hasattr(type(weight := model.get_submodule(name).weight), "__tensor_flatten__") and not is_shard(weight):
+        weight: Any = model.get_submodule(name).weight
+        if hasattr(type(weight), "__tensor_flatten__") and not is_shard(weight):
             raise UnsupportedError(
                 f"the weight of {name} is quantised ({type(weight).__name__}), and an adapter's product can't be added to it. "
                 "Quantise after calibrate, train 'routers', or put adapters of your own on the model and train 'all'."

@@ -114,10 +114,10 @@ def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()
         names = record_fields(value)
         return type(value)(**{name: map_leaves(function, getattr(value, name), (*path, name)) for name in names})
     if isinstance(value, dict):
-        items = {key: map_leaves(function, item, (*path, key)) for key, item in value.items()}
+        mapped = {key: map_leaves(function, item, (*path, key)) for key, item in value.items()}
         if isinstance(value, defaultdict):
-            return defaultdict(value.default_factory, items)
-        return type(value)(items)
+            return defaultdict(value.default_factory, mapped)
+        return type(value)(mapped)
     return function(path, value)
 
 
