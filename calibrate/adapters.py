@@ -83,6 +83,6 @@ def _merge(layers: list[Any]) -> None:
             layer.merge()
     except BaseException:
         with torch.no_grad():
-            for weight, value in before:
+            for weight, value in reversed(before):  # one that two layers share was changed before it was noted again
                 local(weight).copy_(value)
         raise

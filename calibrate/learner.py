@@ -83,6 +83,7 @@ class Learner:
         self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
         self.ratios = BudgetedRatios(learnables(model, state).ratios, task.costs, self.config.ratio_learning_rate)
         self.start_share = float(task.costs.expected_share(self.ratios.masters.detach()))
+        self.masters: dict[str, Tensor] = {}
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.learned: dict[float, Tensor] = {}
@@ -234,6 +235,9 @@ class Learner:
     def _warm_start(self) -> None:
         if self.config.warm_start and not self.state.trained and self.state.config.selection != "turn":
             fit_routers(self.model, self.state, self._all("warm start"))
+            with torch.no_grad():
+                for name, master in self.masters.items():
+                    master.copy_(self._parameters()[name])
 
     def _take_present_table(self) -> None:
         """With settle=1: the table as ``set_ratios`` left it."""

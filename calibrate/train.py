@@ -144,7 +144,7 @@ def _check_weights(model: nn.Module, config: CalibrationConfig) -> None:
     if absent is not None and config.preset != "training-free":
         raise UnsupportedError(
             f"{absent} is on the meta device: its values are offloaded between forwards (or were never loaded), and can't learn "
-            "there. Call calibrate before offload is enabled, or transform with skip='reuse', which needs no training."
+            "there. Call calibrate before offload is enabled, or give CalibrationConfig(preset='training-free')."
         )
     found = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if found is not None and config.preset != "training-free":
@@ -181,6 +181,7 @@ def _settings(
     those that the calibration began with: adapters that were merged once are not merged again, and what one model learned is not
     put into another.
     """
+    trains_all = config.trainable == "all"
     known = (
         ((place, *path), leaf) for place, batch in enumerate(batches) for path, leaf in iterate_leaves(batch) if distils
     )
@@ -192,7 +193,7 @@ def _settings(
         "budgets": list(budgets),
         "calibration": config.to_dict(),
         "batches": [len(batches), *of_all_processes(digest(known))],
-        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "frozen": [name for name, weight in model.named_parameters() if not weight.requires_grad and trains_all],
         "processes": num_processes(),
     }
 
@@ -240,6 +241,7 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
         state.degree = degree
         raise
     finally:
+        torch.clear_autocast_cache()  # of the weights as they were
         for module, flag in training.items():
             module.training = flag
         for parameter, (flag, gradient) in needed.items():

@@ -20,6 +20,9 @@ from .settings import Same, own_attributes, setting, settings_of
 
 ContextKey = tuple[Any, ...]
 
+MOST_STATES = 64
+"""States of its modules that a block's graph is written for (an adapter's scale that changes from step to step)."""
+
 MOST_GRAPHS = 8
 """Graphs that are written for other sizes of one kind of call: a length that the block's code counts to would have it exported at
 each."""
@@ -108,7 +111,7 @@ def parts_of(module: nn.Module) -> Parts:
         for name, value in own_attributes(part, wrappers=False):
             found.append((vars(part), name, value))
             inner = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-            if isinstance(inner, dict) and not isinstance(value, type):
+            if isinstance(inner, dict):
                 found += [(inner, key, held) for key, held in inner.items()]
     return tuple(found)
 

@@ -22,7 +22,17 @@ from torch._subclasses import FakeTensor
 
 from .arguments import Signature, bind_arguments, given_leaves, iterate_leaves, leaf_name, map_leaves, signature_of
 from .config import DiffCRConfig
-from .context import MOST_GRAPHS, ContextGraph, ContextKey, Parts, are_in_place, context_key, open_settings, parts_of
+from .context import (
+    MOST_GRAPHS,
+    MOST_STATES,
+    ContextGraph,
+    ContextKey,
+    Parts,
+    are_in_place,
+    context_key,
+    open_settings,
+    parts_of,
+)
 from .eager import in_a_graph
 from .errors import CalibrationError, CaptureError, NotTransformedError, UnsupportedError
 from .memory import Memory, blank, remember_all, remember_all_context, remember_beside, resume_beside, resume_tokens
@@ -373,7 +383,8 @@ class ModelRouting(_Whole):
 @dataclass(eq=False)
 class BlockRouting(_Whole):
     """State of one routed block: its column of the table in thousandths, and by call signature its programs and, with full
-    context, their graphs for its modules as they are, each for other sizes; parts: these modules."""
+    context, their graphs for its modules as they are, each for other sizes; parts: these modules; states: how many states of them a
+    graph was written for."""
 
     fqn: str
     index: int
@@ -385,6 +396,7 @@ class BlockRouting(_Whole):
     compiled: Callable[..., Any] | None = None
     contexts: dict[ContextKind, tuple[ContextGraph, ...]] = field(default_factory=dict)
     parts: Parts = ()
+    states: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         parts, self.parts = self.parts, ()  # a copy's modules are others
@@ -626,7 +638,8 @@ def _write_context(
     plan = program.plan
     if plan.context == "kept":
         return None
-    if not are_in_place(routing.parts) or not routing.parts:
+    changed = [name for holder, name, held in routing.parts if holder.get(name) is not held]
+    if changed or not routing.parts:
         routing.parts = parts_of(module)
     key, given = context_key(module), open_settings(values)
     known = program.contexts.get((key, given), ())
@@ -637,6 +650,13 @@ def _write_context(
                 f"{routing.fqn} does something else at other sizes ({_broken(known, plan, values)}), and has been looked at for "
                 f"{MOST_GRAPHS} of them, and no more are kept. Use fewer sizes, or context='kept'."
             )
+        if not known and routing.states >= MOST_STATES:
+            raise UnsupportedError(
+                f"{routing.fqn} runs by a graph (keys and values from every token) that is written anew for each state of its "
+                f"modules, and {MOST_STATES} have been met. What changes from call to call ({', '.join(map(str, changed[:3]))}) "
+                "should be a tensor that it is called with; or use context='kept'."
+            )
+        routing.states += not known
         assert routing.model.rebuild is not None
         broken, proved = _broken(known, plan, values), bool(known) or not program.contexts
         context = routing.model.rebuild(module, routing.fqn, plan, values, broken, proved)

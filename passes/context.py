@@ -152,7 +152,7 @@ def _prove_rewritten(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[
 
 
 def _is_narrow(module: nn.Module, leaves: list[Any]) -> bool:
-    """Whether a block computes in another dtype than float32, as far as its parameters and inputs tell."""
+    """Whether a block computes in another dtype than float32, as far as its parameters and the leaves of its call tell."""
     dtypes = [parameter.dtype for parameter in module.parameters()]
     dtypes += [leaf.dtype for leaf in leaves if isinstance(leaf, TensorInfo)]
     return any(dtype.is_floating_point and dtype != torch.float32 for dtype in dtypes)
@@ -166,8 +166,17 @@ def _widened(module: nn.Module, block: BlockAnalysis) -> BlockAnalysis:
 
 
 def _in_float32(module: nn.Module) -> nn.Module:
-    narrow = any(p.dtype.is_floating_point and p.dtype != torch.float32 for p in module.parameters())
-    return copy.deepcopy(module).float() if narrow else module
+    """A module, or where it is not of float32 a copy that is: on the CPU, whose memory is not what a large model fills (on the meta
+    device where its tensors are there)."""
+    if not _is_narrow(module, []):
+        return module
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
+        wide = torch.empty_like(tensor, dtype=dtype) if tensor.is_meta else tensor.detach().to("cpu", dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(wide, requires_grad=tensor.requires_grad) if is_parameter else wide
+    return copy.deepcopy(module, memo)
 
 
 def _as_float32(leaves: list[Any]) -> list[Any]:

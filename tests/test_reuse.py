@@ -836,3 +836,19 @@ def test_a_scale_that_changes_between_two_steps_is_followed() -> None:
     for timestep in (990.0, 700.0, 450.0):  # with it in the first of two calls, without in the second
         assert worst(timestep, 1.0, seed=1) < 1e-5
         assert worst(timestep, 0.0, seed=2) < 1e-5
+
+
+def test_what_never_is_the_same_twice_is_refused_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "MOST_STATES", 3)
+    torch.manual_seed(0)
+    model = original(ONE)
+    model.blocks[0].stream.out = Adapted(model.blocks[0].stream.out)
+    model = diffcr_compile.transform(model, DiffCRConfig(skip="reuse"), example_inputs=tiny_inputs(ONE))
+    diffcr_compile.set_ratios(model, 0.5)
+    with torch.no_grad():
+        for step, timestep in enumerate((990.0, 700.0, 450.0)):
+            model.blocks[0].stream.out.scaling["default"] = 1.0 + step
+            model(**tiny_inputs(ONE, timestep=timestep))
+        model.blocks[0].stream.out.scaling["default"] = 9.0
+        with pytest.raises(UnsupportedError, match=r"blocks\.0 runs by a graph .* 3 have been met.*\(default\)"):
+            model(**tiny_inputs(ONE, timestep=200.0))

@@ -374,6 +374,7 @@ def _regions(steps: int, num_regions: int) -> list[int]:
 
 CACHED = {
     "digits": (r"transformer_blocks\.\d+\.(attn1|ff)", "ff"),
+    "inpainting": (r"transformer_blocks\.\d+\.(attn1|ff)", "ff"),
     "photos": (r"blocks\.\d+\.(attention|mlp)", "mlp"),
 }
 """What TaylorSeer caches, whose own patterns know the attention of diffusers' classes alone, and one of these. The blocks of the
@@ -406,7 +407,7 @@ def reset_caches(model: nn.Module) -> None:
 
 def thresholded(name: str) -> Iterator[tuple[str, Callable[[nn.Module, float], Callable[[], float]]]]:
     """FirstBlockCache at a threshold: diffusers' own where it knows the model's classes, else its rule."""
-    if name != "digits":
+    if name not in ("digits", "inpainting"):
 
         def by_rule(model: nn.Module, threshold: float) -> Callable[[], float]:
             rival = FirstBlock(model, threshold)
@@ -434,10 +435,12 @@ def _diffusers_caches(name: str) -> Iterator[tuple[str, Callable[[nn.Module], Ca
 
 
 def taylorseer(name: str, model: nn.Module, interval: int, order: int) -> Callable[[], float]:
-    """diffusers' TaylorSeer on the model of an example; a count of the forwards that its blocks made. KeyError where what it
-    caches lies in no modules of their own."""
+    """diffusers' TaylorSeer on the model of an example; a count of the forwards that its blocks made. Raises UnsupportedError where
+    what it caches lies in no modules of their own."""
     from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
+    if name not in CACHED:
+        raise diffcr_compile.UnsupportedError(f"TaylorSeer finds nothing to cache in the model of {name}")
     pattern, part = CACHED[name]
     config = TaylorSeerCacheConfig(
         cache_interval=interval, max_order=order, taylor_factors_dtype=torch.float32, cache_identifiers=[pattern]

@@ -348,6 +348,8 @@ METHODS: dict[str, Callable[[Task], Made]] = {
 }
 """How each row is made."""
 
+CACHES = {"whole blocks cached", "whole blocks cached, extrapolated", "FirstBlockCache", "TaylorSeer"}
+
 
 class Bench:
     """Makes, samples, measures; keeps each cell as soon as it is there."""
@@ -378,10 +380,7 @@ class Bench:
         try:
             batches = example.calibration_batches(NUM_BATCHES, BATCH, seed, targets=True)
             made = make(Task(self.settings, guided(batches) if self.settings.guidance != 1 else batches, budget, seed))
-        except (
-            diffcr_compile.UnsupportedError,
-            KeyError,
-        ) as error:  # adapters want peft; a cache may not know the model
+        except diffcr_compile.UnsupportedError as error:  # adapters want peft; a cache may not know the model
             print(f"{method}: {type(error).__name__}: {error}", file=sys.stderr)
             return
         seconds = time.perf_counter() - start
@@ -496,6 +495,11 @@ def main() -> None:
     name = options.record or ("quality" if options.model == "digits" else f"quality_{options.model}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="the routers are untrained")
+    chosen = options.methods or ["dense, trained on", *METHODS]
+    if options.two_calls and (options.model != "captions" or CACHES & set(chosen)):
+        parser.error(
+            "--two-calls takes --model captions, and --methods without caches: they tell steps by the model's calls"
+        )
     settings = Settings(
         options.model,
         options.training_steps,
@@ -506,7 +510,6 @@ def main() -> None:
     )
     command = f"python {shlex.join(sys.argv)}"
     bench = Bench(settings, options.out / f"{name}.json", command, timed=options.times)
-    chosen = options.methods or ["dense, trained on", *METHODS]
     cells = [(method, share, seed) for seed in options.seeds for share in options.shares for method in chosen]
     for method, share, seed in tqdm(cells, desc="cells"):
         if method == "dense, trained on":

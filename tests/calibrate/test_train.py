@@ -203,6 +203,8 @@ def test_weights_of_half_precision_move_as_those_of_float32(dtype: torch.dtype, 
     moved = expected.to(dtype) != before
     assert moved.sum() > 20
     assert (found[moved] != before[moved]).double().mean() > 0.5
+    before, found, expected = (each[moved].double() for each in (before, found, expected))
+    assert float((found - expected).norm() / (expected - before).norm()) < 0.5
 
 
 @pytest.mark.parametrize("which", [0, 2])
@@ -377,14 +379,33 @@ def test_without_training_what_only_learning_needs_is_refused(model: TinyDiT, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_offloaded_weights_are_calibrated_without_training_and_learn_nothing() -> None:
-    for config in (CalibrationConfig(preset="training-free"), QUICK, CalibrationConfig(steps=4)):
-        model = routed(SHAPE)
-        accelerate.cpu_offload(model, torch.device("cpu"))
-        if config.preset == "training-free":
-            report = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
-            expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.6, config=config)
-            assert torch.equal(report.table, expected.table)
-        else:
-            with pytest.raises(UnsupportedError, match="is on the meta device: its values are offloaded"):
-                diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
+def offloaded() -> TinyDiT:
+    model = routed(SHAPE)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    return model
+
+
+def test_offloaded_weights_are_calibrated_without_training() -> None:
+    config = CalibrationConfig(preset="training-free")
+    report = diffcr_compile.calibrate(offloaded(), BATCHES, budget=0.6, config=config)
+    expected = diffcr_compile.calibrate(routed(SHAPE), BATCHES, budget=0.6, config=config)
+    assert torch.equal(report.table, expected.table)
+
+
+@pytest.mark.parametrize("config", [QUICK, CalibrationConfig(steps=4)])
+def test_offloaded_weights_do_not_learn(config: CalibrationConfig) -> None:
+    with pytest.raises(UnsupportedError, match=r"is on the meta device: .*preset='training-free'"):
+        diffcr_compile.calibrate(offloaded(), BATCHES, budget=0.6, config=config)
+
+
+def test_the_first_forward_after_it_knows_the_weights_that_were_learned(model: TinyDiT) -> None:
+    """Autocast keeps casts of weights; those that were made before a calibration are of other weights."""
+    config = CalibrationConfig(steps=8, settle=1.0, learning_rate=1e-2)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        before = model(**BATCHES[0])
+        loss = lambda model, batch: model(**batch).float().square().mean()  # noqa: E731
+        diffcr_compile.calibrate(model, BATCHES, budget=1.0, loss=loss, config=config)
+        found = model(**BATCHES[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, model(**BATCHES[0]))
+    assert not torch.equal(found, before)
