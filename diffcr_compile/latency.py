@@ -106,15 +106,13 @@ def _time_block(
                 for place, (args, kwargs) in enumerate(calls):
                     if trajectory is not None:
                         trajectory.slot = place
-                        trajectory.step(0.0, first=trajectory.slot not in filled)
-                        filled.add(place)
+                        trajectory.step(0.0, first=(place, index) not in trajectory.memories)
                     module(*args, **kwargs)
 
         return run
 
     # with reuse, as in the midst of a trajectory: what is skipped takes from memory, and what is computed goes there
     trajectory = Trajectory(fills=True, degree=state.degree) if state.config.skip == "reuse" else None
-    filled: set[int] = set()
     before, state.current.trajectory = state.current.trajectory, trajectory
     try:
         times = _medians([at(ratio) for ratio in range(0, SCALE + 1, BIN)], rounds)

@@ -1,6 +1,6 @@
 """What Inductor makes of a routed block on the CPU: kernels, library calls and bytes moved, beside the dense block and the floor.
 
-    python examples/benchmarks/kernels.py   # two minutes; nothing is timed
+    python examples/benchmarks/kernels.py   # some minutes; nothing is timed
 
 Counted in the code that Inductor writes for a block of `speed.py`'s stacks, lowered by block, half of the tokens skipped: calls of
 fused kernels, and of libraries (matrix products, attention, selection); bytes are what Inductor counts for all of them. *Kept
