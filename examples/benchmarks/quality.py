@@ -10,8 +10,8 @@ Every method starts from the same trained weights; those that train take as many
 squared distance of the samples from the dense model's, from equal noise; Fréchet distances are to held-out real pictures, in
 features of the example's classifier, and compare within one table only; time is that of a sampling with all blocks compiled. Caches
 that meet a budget by a threshold have it found on other pictures than those that are measured. Each finished cell is kept in
-`quality.json`, of one group of settings; `quality.md` is written from it; of another model, in `quality_NAME.json` and
-`quality_NAME.md`.
+`quality.json`, of one group of settings (of another model, in `quality_NAME.json`); `quality.md` and `quality.png` are written from
+it by `quality_tables.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import importlib
 import json
 import shlex
-import statistics
 import sys
 import time
 import types
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import digits
 from inside import BlockCache, blocks_of, reset_caches, taylorseer, thresholded, within
+from quality_tables import Settings, write
 from timing import Rounds, measure_in_turn, ratio_quartiles
 
 import diffcr_compile
@@ -49,7 +49,7 @@ example: Any = digits
 """The module of examples/ whose model is measured."""
 
 HERE = Path(__file__).parent
-BATCH, NUM_BATCHES = 8, 48
+NUM_BATCHES = 48
 RECORDED, LEARNED = 4, 4
 """Pictures of one recorded sampling, and samplings that reuse is learned on."""
 
@@ -58,23 +58,8 @@ THRESHOLDS = 6
 """Halvings of the interval from 0 to 1 in which a cache's threshold is looked for."""
 
 TIMESTEPS = 1000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all cells of a record share. guidance: scale of classifier-free guidance, 1 for none; in one call or two."""
-
-    model: str
-    training_steps: int
-    samples: int
-    sampler_steps: int = 20
-    guidance: float = 1.0
-    two_calls: bool = False
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What a sampler is told, beside its steps."""
-        return {"guidance": self.guidance, **({"two_calls": True} if self.two_calls else {})}
+FEW_REGIONS = 10
+"""Records hold no table of more regions: it is read off no picture."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +137,14 @@ def sampler_share(model: nn.Module, steps: int) -> float:
 def made_of(model: nn.Module, task: Task) -> Made:
     """A routed model, sampled in the settings' steps."""
     return Made(model, task.settings.sampler_steps, sampler_share(model, task.settings.sampler_steps))
+
+
+def learned_table(made: Made) -> list[list[float]] | None:
+    """Ratios by timestep region and block, of a routed model with few regions."""
+    if made.forwards or made.compiled:
+        return None
+    table = diffcr_compile.ratios(made.model)
+    return [[round(ratio, 3) for ratio in row] for row in table.tolist()] if len(table) <= FEW_REGIONS else None
 
 
 def set_uniform_ratio(model: nn.Module, budget: float) -> None:
@@ -240,7 +233,7 @@ LOW_RANK = {"trainable": "lora", "lora_rank": 16, "learning_rate": 1e-3}
 
 def guided(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The first half of every batch, and the same once more without its labels: what guidance in one call is fed."""
-    half = BATCH // 2
+    half = len(next(iter(batches[0].values()))) // 2
     paired = [{name: torch.cat([value[:half]] * 2) for name, value in batch.items()} for batch in batches]
     name, empty = example.EMPTY
     for batch in paired:
@@ -359,10 +352,8 @@ class Bench:
         self.commands, self.cells = [], {}  # type: ignore[var-annotated]
         if file.exists():
             record = json.loads(file.read_text())
-            if record["settings"] != asdict(settings):
-                raise SystemExit(
-                    f"{file} holds cells of {record['settings']}, not of {asdict(settings)}: take --record"
-                )
+            if Settings(**record["settings"]) != settings:
+                raise SystemExit(f"{file} holds cells of {record['settings']}, not of {settings}: take --record")
             self.commands, self.cells = record["commands"], record["cells"]
         self.commands += [command] if command not in self.commands else []
         self.classifier = example.load_classifier()
@@ -378,12 +369,13 @@ class Bench:
             return
         start = time.perf_counter()
         try:
-            batches = example.calibration_batches(NUM_BATCHES, BATCH, seed, targets=True)
+            batches = example.calibration_batches(NUM_BATCHES, self.settings.batch, seed, targets=True)
             made = make(Task(self.settings, guided(batches) if self.settings.guidance != 1 else batches, budget, seed))
         except diffcr_compile.UnsupportedError as error:  # adapters want peft; a cache may not know the model
             print(f"{method}: {type(error).__name__}: {error}", file=sys.stderr)
             return
         seconds = time.perf_counter() - start
+        table = learned_table(made)
         number, before = self.settings.samples, made.forwards() if made.forwards else 0.0
         images = sample(made, number, 0, 1000 + seed, self.settings)
         share = (made.forwards() - before) / made.steps if made.forwards else made.share
@@ -401,6 +393,7 @@ class Bench:
             "accuracy": example.class_accuracy(images, labels, self.classifier),
             "inside": example.errors(images, wanted)[0] if hasattr(example, "errors") else None,
             "seconds": seconds,
+            "table": table,
         }
         record = {"torch": torch.__version__, "commands": self.commands, "settings": asdict(self.settings)}
         self.file.write_text(json.dumps({**record, "cells": self.cells}, indent=1) + "\n")
@@ -412,62 +405,11 @@ class Bench:
         if not made.compiled:
             diffcr_compile.lower(made.model, scope="regional")
         calls = {
-            name: (lambda: None, partial(sample, model, BATCH, 0, 0, self.settings))
+            name: (lambda: None, partial(sample, model, self.settings.batch, 0, 0, self.settings))
             for name, model in (("made", made), ("dense", self.dense))
         }
         times = measure_in_turn(calls, TIMED)
         return ratio_quartiles(times["made"], times["dense"])[1]
-
-    def as_markdown(self) -> str:
-        """One table a share: means over seeds, the spread (half the range) behind ±."""
-        settings = self.settings
-        guidance = "no guidance"
-        if settings.guidance != 1:
-            guidance = f"guidance {settings.guidance:g} in {'two calls' if settings.two_calls else 'one call'}"
-        lines = [
-            "# Quality at equal FLOPs",
-            "",
-            f"{', again by '.join(f'`{command}`' for command in self.commands)}, torch {torch.__version__}, CPU, float32, "
-            f"{settings.model} DiT (256 tokens), {settings.training_steps} training steps of batch {BATCH} where anything is "
-            f"trained, {settings.samples} samples, {settings.sampler_steps} DDIM steps, {guidance}. "
-            "Share: FLOPs of the sampling over the dense one's. Time: of a sampling of a batch over the dense one's, blocks "
-            "compiled, in turn. Moved: mean squared distance from the dense samples, equal noise. Fréchet: to held-out real "
-            "pictures, comparable within this page. Accuracy: the asked class, by a classifier. Error inside: of inpainting, mean "
-            "squared, inside the masks. Seconds: to make the model, search for blocks and dense outputs included; they compare "
-            "only where the machine was idle. Means over the seeds given; ± half their range.",
-        ]
-        cells = list(self.cells.values())
-        shown = {name: how for name, how in COLUMNS.items() if any(cell.get(how[0]) is not None for cell in cells)}
-        for budget in sorted({cell["budget"] for cell in cells}, reverse=True):
-            lines += ["", f"## FLOPs share {budget:g}", ""]
-            lines += [f"| method | seeds | {' | '.join(shown)} |", f"|{'---|' * (2 + len(shown))}"]
-            here = [cell for cell in cells if cell["budget"] == budget]
-            methods = dict.fromkeys(cell["method"] for cell in here)
-            groups = [[cell for cell in here if cell["method"] == method] for method in methods]
-            for group in sorted(groups, key=lambda group: statistics.mean(cell["moved"] for cell in group)):
-                columns = [_spread([cell.get(name) for cell in group], form) for name, form in shown.values()]
-                lines.append(f"| {group[0]['method']} | {len(group)} | " + " | ".join(columns) + " |")
-        return "\n".join(lines) + "\n"
-
-
-COLUMNS = {
-    "share": ("share", ".3f"),
-    "time": ("time", ".2f"),
-    "moved": ("moved", ".2g"),
-    "Fréchet": ("frechet", ".0f"),
-    "accuracy": ("accuracy", ".0%"),
-    "error inside": ("inside", ".3g"),
-    "seconds": ("seconds", ".0f"),
-}
-"""Columns of a table: what they show of a cell, and how numbers are written there."""
-
-
-def _spread(values: list[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    half = (max(known) - min(known)) / 2
-    return f"{statistics.mean(known):{form}}" + (f" ± {half:{form}}" if half else "")
 
 
 def main() -> None:
@@ -516,7 +458,7 @@ def main() -> None:
             bench.run(method, control, 1.0, seed)
         else:
             bench.run(method, METHODS[method], share, seed)
-        (options.out / f"{name}.md").write_text(bench.as_markdown())
+        write(bench.file)
     print((options.out / f"{name}.md").read_text())
 
 

@@ -103,16 +103,18 @@ def row(
     without: dict[str, str] | None = None,
     fails: dict[str, str] | None = None,
     slow: Sequence[str] = (),
+    variant: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test with ``name`` for every model, as the cells of one line of the table.
 
     models: the columns. without: models to which the line does not apply, with the reason. fails: models at which it is known
     not to hold, with the reason (strictly: a cell that begins to work must be taken out). slow: models at which it takes long (a
-    compilation, or a transform of its own): one of them, another from line to line, runs in CI, and the rest every night.
+    compilation, or a transform of its own): one of them, another from line to line, runs in CI, and the rest every night. variant:
+    a line much like another, whose slow columns run every night only.
     """
     without, fails = without or {}, fails or {}
     slow = [name for name in slow if name in models and name not in without]
-    daily = slow[zlib.crc32(title.encode()) % len(slow)] if slow else None
+    daily = slow[zlib.crc32(title.encode()) % len(slow)] if slow and not variant else None
 
     def place(test: Callable[..., None]) -> Callable[..., None]:
         cells = []

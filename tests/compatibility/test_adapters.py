@@ -371,7 +371,7 @@ def test_int8_before(name: str) -> None:
     _check_before(name, INT8)
 
 
-@row(5, "int8 weights and activations before transform", slow=tuple(TINY))
+@row(5, "int8 weights and activations before transform", slow=tuple(TINY), variant=True)
 def test_int8_dynamic_before(name: str) -> None:
     _check_before(name, INT8_DYNAMIC)
 
@@ -382,7 +382,7 @@ def test_float8_before(name: str) -> None:
 
 
 @pytest.mark.usefixtures("float8_anywhere")
-@row(5, f"{FLOAT8_BOTH} before transform", slow=tuple(TINY))
+@row(5, f"{FLOAT8_BOTH} before transform", slow=tuple(TINY), variant=True)
 def test_float8_dynamic_before(name: str) -> None:
     _check_before(name, FLOAT8_DYNAMIC)
 
@@ -454,7 +454,7 @@ def test_int8_lowered(name: str) -> None:
     _lowered(name, INT8)
 
 
-@row(5, "int8 weights before transform, lowered", slow=tuple(TINY))
+@row(5, "int8 weights before transform, lowered", slow=tuple(TINY), variant=True)
 def test_int8_before_lowered(name: str) -> None:
     _lowered_before(name, INT8)
 
@@ -469,7 +469,7 @@ def test_int8_after_lower(name: str) -> None:
     assert_keeps(name, model)
 
 
-@row(5, "int8 weights and activations, lowered", slow=tuple(TINY))
+@row(5, "int8 weights and activations, lowered", slow=tuple(TINY), variant=True)
 def test_int8_dynamic_lowered(name: str) -> None:
     """An activation that another order of sums puts on the other side of a step is off by a whole step, in the compiled dense
     model too: that drifts as far."""
@@ -479,12 +479,12 @@ def test_int8_dynamic_lowered(name: str) -> None:
     _lowered(name, INT8_DYNAMIC, drift=ALLOWED * relative_error(run(torch.compile(dense), given), expected))
 
 
-@row(5, "float8 weights, lowered", slow=tuple(TINY))
+@row(5, "float8 weights, lowered", slow=tuple(TINY), variant=True)
 def test_float8_lowered(name: str) -> None:
     _lowered(name, FLOAT8)
 
 
 @pytest.mark.usefixtures("float8_anywhere")
-@row(5, f"{FLOAT8_BOTH}, lowered", slow=tuple(TINY))
+@row(5, f"{FLOAT8_BOTH}, lowered", slow=tuple(TINY), variant=True)
 def test_float8_dynamic_lowered(name: str) -> None:
     _lowered(name, FLOAT8_DYNAMIC)

@@ -90,12 +90,12 @@ def test_int8(name: str) -> None:
     _quantised(name, Int8WeightOnlyConfig())
 
 
-@row(12, "int8 weights and activations after transform", slow=tuple(TINY))
+@row(12, "int8 weights and activations after transform", slow=tuple(TINY), variant=True)
 def test_int8_dynamic(name: str) -> None:
     _quantised(name, Int8DynamicActivationInt8WeightConfig())
 
 
-@row(12, "float8 weights after transform", slow=tuple(TINY))
+@row(12, "float8 weights after transform", slow=tuple(TINY), variant=True)
 def test_float8(name: str) -> None:
     _quantised(name, Float8WeightOnlyConfig())
 
