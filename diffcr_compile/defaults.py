@@ -21,11 +21,26 @@ def on_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_written() -> Iterator[None]:
-    """Inside, as :func:`on_cpu`, and operators take the dtypes that they are given: a proof in float32 under the user's autocast
-    would tell rounding from nothing."""
-    with on_cpu(), torch.autocast("cpu", enabled=False):
+def without_autocast() -> Iterator[None]:
+    """Inside, in this thread, operators take the dtypes that they are given: a proof in float32 under an autocast would tell
+    rounding from nothing, and a graph traced under it holds its casts."""
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, as :func:`on_cpu` and :func:`without_autocast`: where proofs run."""
+    with on_cpu(), without_autocast():
+        yield
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast around this casts to on a type of device, None without."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .arguments import bind_arguments, iterate_leaves, map_leaves
 from .config import Scope, check_choice
 from .context import ContextGraph
+from .defaults import autocast_dtype
 from .eager import in_a_graph
 from .errors import LoweringError
 from .region import pin_region
@@ -294,8 +295,7 @@ def _surroundings(model: nn.Module) -> tuple[Any, ...]:
     """What decides the dtype and the place of what blocks remember, beside a call."""
     parameter = next(model.parameters(), None)
     kind = "cpu" if parameter is None else parameter.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return autocast, None if parameter is None else (parameter.dtype, parameter.device)
+    return autocast_dtype(kind), None if parameter is None else (parameter.dtype, parameter.device)
 
 
 def _check_timestep(state: ModelRouting, bound: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ A second graph, the block as it is with its keys and values for further outputs,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Callable, Collection
@@ -39,7 +40,7 @@ from torch.export import ExportedProgram
 from .. import primitives
 from ..arguments import map_leaves
 from ..context import ContextGraph, open_settings
-from ..defaults import as_written
+from ..defaults import as_written, autocast_dtype, without_autocast
 from ..plan import BlockPlan, StatePlan
 from ..routed import has_quantised_weights
 from .analysis import Call, Refused, TensorInfo, describe, log
@@ -56,7 +57,6 @@ _QUERY_FIRST = {_aten.matmul.default: 0, _aten.bmm.default: 0, _aten.baddbmm.def
 """Products with the position of the factor whose rows are queries, or attention weights; what follows it is keys or values."""
 
 
-@as_written()
 def prove_context(block: BlockAnalysis) -> BlockAnalysis:
     """Where the configuration asks for context from every token: fill in ``context_graph`` and the plan's context, or the reason
     why not.
@@ -65,30 +65,37 @@ def prove_context(block: BlockAnalysis) -> BlockAnalysis:
     the dense block's result at that token, where what is remembered is of the same tokens. In float32, whatever the block's own
     dtype: its graph holds the dtypes that it casts to, so that of a narrow block is written a second time for the proof.
     """
-    plan = block.plan
-    assert plan is not None
     if block.config.context == "kept":
         return block
+    assert block.plan is not None
     try:
-        trial = Trial(block)
-        graph, states = write_context(block)
-        proof = graph
-        if _is_narrow(block.module, [leaf for _, leaf in block.call_leaves]):
-            proof, _ = write_context(_widened(duplicate(block), block))
-        failures = []
-        for form in dict.fromkeys((plan.lift, "vmap", "loop") if plan.lift != "direct" else (plan.lift,)):
-            candidate = replace(plan, context=block.config.context, states=states, lift=form)
-            try:
-                error = trial.check_context(candidate, proof)
-                plan = replace(candidate, error=max(error, plan.error))
-                return replace(block, plan=plan, context_graph=graph, context_proof=proof)
-            except Exception as error:  # a form that does not fit raises whatever the block's code does
-                failures.append(f"{form}: {first_line(error)}")
-        raise Refused("; ".join(failures))
+        return _prove(block, _outside_autocast(block))
     except Refused as refused:
         note = f"keys and values from kept tokens only: {refused}"
         log.info("%s: %s", block.fqn, note)
-        return replace(block, plan=replace(plan, context_note=note))
+        return replace(block, plan=replace(block.plan, context_note=note))
+
+
+@as_written()
+def _prove(block: BlockAnalysis, source: BlockAnalysis) -> BlockAnalysis:
+    """``source``: the block as its graph is read."""
+    plan = block.plan
+    assert plan is not None
+    trial = Trial(block)
+    graph, states = write_context(source)
+    proof = graph
+    if _is_narrow(block.module, [leaf for _, leaf in source.call_leaves]):
+        proof, _ = write_context(_widened(duplicate(block), block))
+    failures = []
+    for form in dict.fromkeys((plan.lift, "vmap", "loop") if plan.lift != "direct" else (plan.lift,)):
+        candidate = replace(plan, context=block.config.context, states=states, lift=form)
+        try:
+            error = trial.check_context(candidate, proof)
+            plan = replace(candidate, error=max(error, plan.error))
+            return replace(block, plan=plan, context_graph=graph, context_proof=proof)
+        except Exception as error:  # a form that does not fit raises whatever the block's code does
+            failures.append(f"{form}: {first_line(error)}")
+    raise Refused("; ".join(failures))
 
 
 @as_written()
@@ -109,8 +116,10 @@ def rebuild_context(
     two runs alike, nor where hooks stand around forwards and move weights, or these are quantised and can't be drawn at random.
     Written outside any fake tensors around the call: the graph is kept for calls that are real.
     """
-    with unset_fake_temporarily():
+    cast = _autocast_dtype(module)
+    with unset_fake_temporarily(), contextlib.nullcontext() if cast is None else without_autocast():
         leaves = [_describe(value, leaf.batch_axis) for value, leaf in zip(values, plan.leaves, strict=True)]
+        leaves = leaves if cast is None else _uncast(leaves, cast)
         block = _read(module, fqn, plan, leaves, config)
         proved = proved or [leaf.batch_axis for leaf in block.leaves] != [leaf.batch_axis for leaf in plan.leaves]
         block = replace(block, leaves=plan.leaves)
@@ -149,6 +158,31 @@ def _prove_rewritten(module: nn.Module, fqn: str, plan: BlockPlan, leaves: list[
         Trial(block).check_context(plan, write_context(block)[0])
     except Exception as error:  # whatever the block's code does
         raise Refused(first_line(error)) from error
+
+
+def _autocast_dtype(module: nn.Module) -> torch.dtype | None:
+    """What the user's autocast casts a float32 block's operands to, None without. Its graph is written outside, and holds none of
+    these casts: it serves both, where one that holds them would serve only that autocast."""
+    parameter = next(module.parameters(), None)
+    kind = "cpu" if parameter is None or parameter.is_meta else parameter.device.type
+    return None if _is_narrow(module, []) else autocast_dtype(kind)
+
+
+def _outside_autocast(block: BlockAnalysis) -> BlockAnalysis:
+    """The analysis of a block as it would be without the user's autocast."""
+    cast = _autocast_dtype(block.module)
+    if cast is None:
+        return block
+    assert block.plan is not None
+    with without_autocast():
+        leaves = _uncast([leaf for _, leaf in block.call_leaves], cast)
+        return _read(duplicate(block), block.fqn, block.plan, leaves, block.config)
+
+
+def _uncast(leaves: list[Any], cast: torch.dtype) -> list[Any]:
+    """Leaves of a call as the block would have been given them without autocast."""
+    narrow = [isinstance(leaf, TensorInfo) and leaf.dtype == cast for leaf in leaves]
+    return [TensorInfo(leaf.shape, torch.float32) if was else leaf for leaf, was in zip(leaves, narrow, strict=True)]
 
 
 def _is_narrow(module: nn.Module, leaves: list[Any]) -> bool:

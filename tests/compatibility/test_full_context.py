@@ -3,6 +3,7 @@ or is refused; what stands around its calls is let be."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -107,6 +108,30 @@ def test_bfloat16(name: str) -> None:
     assert 0 < _differ(follow(model, name, torch.bfloat16), follow(reusing(name), name)) < allowed
     dense_flops = reference_flops(lambda: follow(dense, name, torch.bfloat16))
     assert reference_flops(lambda: follow(model, name, torch.bfloat16)) < SAVED * dense_flops
+
+
+@row(12, "autocast around the first forward and a sampling, none around the next", slow=tuple(TINY))
+def test_autocast(name: str, tmp_path: Path) -> None:
+    """Its graphs hold no casts: as those of a model that was transformed without."""
+
+    def sampled(model: nn.Module, cast: bool) -> list[torch.Tensor]:
+        diffcr_compile.reset(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return follow(model, name)
+
+    model = reusing(name)
+    expected = {cast: sampled(model, cast) for cast in (False, True)}
+    diffcr_compile.save(model, tmp_path / "routing")
+    loaded = diffcr_compile.load(plain(name), tmp_path / "routing")
+    deferred = diffcr_compile.transform(plain(name), diffcr_compile.DiffCRConfig(skip="reuse"))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(deferred, inputs(name))
+    diffcr_compile.set_ratios(deferred, 0.5)
+    for other in (loaded, deferred):
+        for cast in (True, False):
+            for found, known in zip(sampled(other, cast), expected[cast], strict=True):
+                assert_bits(found, known)
+        _half(name, other)
 
 
 @row(12, "accelerate's hooks on blocks, after transform")
