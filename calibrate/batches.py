@@ -23,25 +23,37 @@ class Batches(Sequence[Batch]):
     """Batches that are read when they are used, and the one that was read last: what the model raises then is about that.
 
     origins: of each the numbers, among those that calibrate was given, of the batches that its samples are from; None: its own.
+    count: how many there are in all, the first ones once more behind the last; None: each once.
     """
 
-    def __init__(self, batches: Sequence[Batch], origins: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], origins: Sequence[Sequence[int]] | None = None, count: int | None = None
+    ) -> None:
         self._batches, self._origins = batches, origins
+        self._count = len(batches) if count is None else count
         self._last: int | None = None
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return self._count
 
     def __getitem__(self, place: Any) -> Any:
         self._last = None  # where there is none, as at the end of a loop
-        batch = self._batches[place]
+        batch = self._batches[self._place(place)]
         self._last = place
         return batch
 
     def name(self, place: int) -> str:
         """``batch 3``, as the user counts them from 0."""
+        place = self._place(place)
         origins = [place] if self._origins is None else self._origins[place]
         return f"{'batch' if len(origins) == 1 else 'batches'} {', '.join(map(str, origins))}"
+
+    def _place(self, place: int) -> int:
+        return range(self._count)[place] % len(self._batches)
+
+    def repeated(self, count: int) -> Batches:
+        """So many, the first ones once more behind the last."""
+        return Batches(self._batches, self._origins, count)
 
     @contextlib.contextmanager
     def named(self, model: nn.Module) -> Iterator[None]:
@@ -128,15 +140,15 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Batches) -> Batche
     if timestep is None or state.num_regions == 1 or state.config.guidance == "shared":
         return batches
     names = positional_names(type(model).forward)
+    regions_of = [region_of(timestep_value(batch, timestep, model), timestep, state.num_regions) for batch in batches]
+    if all(len(set(regions)) == 1 for regions in regions_of):
+        return batches  # which may be on disk: what follows holds them all
     piles: dict[Any, list[tuple[Batch, list[int]]]] = {}
-    largest, mixed = 0, False
-    for place, batch in enumerate(batches):
-        regions = region_of(timestep_value(batch, timestep, model), timestep, state.num_regions)
+    for place, (batch, regions) in enumerate(zip(batches, regions_of, strict=True)):
         leaves = [(leaf, axes[path]) for path, leaf in iterate_leaves(batch) if path in axes and leaf is not None]
         sizes = [leaf.shape[axis] if isinstance(leaf, Tensor) and leaf.ndim > axis else 1 for leaf, axis in leaves]
         if set(sizes) != {len(regions)}:  # batch axes unknown, or one timestep for several samples
             return batches
-        largest, mixed = max(largest, len(regions)), mixed or len(set(regions)) > 1
         for region in dict.fromkeys(regions):
             samples = torch.tensor([row for row, found in enumerate(regions) if found == region], device="cpu")
             try:
@@ -144,9 +156,9 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Batches) -> Batche
             except UnsupportedError:
                 return batches
             piles.setdefault((region, _kind(axes, part)), []).append((part, [place] * len(samples)))
-    if not mixed:
-        return batches
-    return Batches(*zip(*(joined for pile in piles.values() for joined in _join(axes, pile, largest)), strict=True))
+    largest = max(map(len, regions_of))
+    joined = [each for pile in piles.values() for each in _join(axes, pile, largest)]
+    return Batches([batch for batch, _ in joined], [places for _, places in joined])
 
 
 def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batch]) -> Iterator[Batch]:

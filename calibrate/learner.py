@@ -10,6 +10,7 @@ import contextlib
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 EXAMINED_BATCHES = 4
 """Batches on which the routers are looked at for the report."""
+
+MEASURED_BATCHES = 24
+"""Batches on which blocks are run at each ratio, without training and where skipped tokens bypass."""
 
 DIVERGED = 10.0
 """Squared distance from the dense outputs, as a share of their square, that learning can't come back from."""
@@ -117,10 +121,13 @@ class Learner:
 
     def _put_in_order(self) -> None:
         """Before learning: which batches go before which, or batches of one timestep region each."""
-        if self.state.config.skip == "reuse":
-            self._find_predecessors()
-        elif self.task.loss is None:
+        reuses = self.state.config.skip == "reuse"
+        if self.task.loss is None and not reuses:
             self.batches = by_region(self.model, self.state, self.batches)
+        if is_sharded(self.model):  # processes that share a model must run it equally often
+            self.batches = self.batches.repeated(max(of_all_processes(len(self.batches))))
+        if reuses:
+            self._find_predecessors()
 
     def _find_predecessors(self) -> None:
         self.before = find_predecessors(
@@ -130,8 +137,10 @@ class Learner:
     def _choose_tables(self) -> None:
         """The tables that suffer least, without learning."""
         self._warm_start()
-        suffering = measure_suffering(self.model, self.state, self._all("dense forwards"))
-        if self.state.config.skip == "identity":
+        bypasses = self.state.config.skip == "identity"
+        measured = self._some(MEASURED_BATCHES, "blocks at each ratio") if bypasses else self._all("dense forwards")
+        suffering = measure_suffering(self.model, self.state, measured)
+        if bypasses:
             for budget in self.task.budgets:
                 self.tables[budget] = choose_table(suffering, self.task.costs, budget, self.config.tolerance)
         else:
@@ -206,6 +215,13 @@ class Learner:
         learns = known | {id(weight) for weight in self.weights.values()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in learns)
+        if config.trainable == "all" and not self.weights and self.state.config.skip == "identity":
+            warnings.warn(
+                "no weight of the model requires a gradient: routers and ratios learn alone, which hardly helps where skipped "
+                "tokens bypass their blocks. Expected weights that do, peft adapters, or CalibrationConfig(trainable='lora'); "
+                "trainable='routers' says that it is meant.",
+                stacklevel=4,
+            )
         self.masters = {name: _master_of(parameter) for name, parameter in self._parameters().items()}
         masters = list(self.masters.values())
         groups: list[dict[str, Any]] = [
@@ -417,7 +433,9 @@ class Learner:
                 parameter.copy_(master)
 
     def _what_is_left(self) -> str:
-        kept = "" if self.checkpoint is None else f" The last checkpoint is in {self.checkpoint.path}."
+        kept = (
+            "" if self.checkpoint is None else f" calibrate goes on, at other rates too, from {self.checkpoint.path}."
+        )
         return f"Table, routers and weights are as before.{kept}"
 
     def _note(self, value: float, share: float, phase: str) -> None:
@@ -504,6 +522,13 @@ class Learner:
     def _all(self, description: str) -> Iterator[Batch]:
         for batch in tqdm(self.batches, desc=description, leave=False, disable=rank() > 0):
             yield self._inputs(batch)
+
+    def _some(self, count: int, description: str) -> Iterator[Batch]:
+        """At most so many of the batches, evenly apart."""
+        number = len(self.batches)
+        places = sorted({number * part // count for part in range(count)})
+        for place in tqdm(places, desc=description, leave=False, disable=rank() > 0):
+            yield self._inputs(self.batches[place])
 
     def _inputs(self, batch: Batch) -> Batch:
         """What the model is called with."""

@@ -21,11 +21,12 @@ from ..observe import watch_calls
 from ..primitives import score_tokens, share_scores
 from ..ratios import BIN, SCALE
 from ..region import advance, regions_of_call
-from ..routed import BlockRouting, ModelRouting, router_vector
+from ..routed import BlockRouting, ModelRouting, forward_at, router_vector
+from ..sharding import whole
 from ..trajectory import Trajectory
 from .batches import as_routers_see
 from .objective import output_tensors
-from .processes import sum_over_processes
+from .processes import of_all_processes, sum_over_processes
 from .rehearsal import NO_TRAJECTORY
 
 OLDEST = 4
@@ -44,6 +45,7 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
     """
     trajectory = Trajectory()
     meters = [_Meter(block, model, state, trajectory) for block in state.blocks]
+    spoilt: int | None = None
     seen = batches if state.config.skip == "reuse" else as_routers_see(model, state, batches)
     with dense(model), watch_calls(model, state, after=lambda block, *call: meters[block.index].observe(*call)):
         for place, batch in enumerate(seen):
@@ -51,11 +53,14 @@ def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[d
                 advance(trajectory, model, state.plan.timestep, batch)
             for meter in meters:
                 meter.regions = regions_of_call(model, state, batch)
-            if not all(bool(output.isfinite().all()) for output in output_tensors(model(**batch))):
-                raise CalibrationError(
-                    f"the dense outputs of forward {place} are not finite, so what skipping costs can't be told. Look at the "
-                    "batches, and at the model's dtype."
-                )
+            finite = all(bool(output.isfinite().all()) for output in output_tensors(model(**batch)))
+            spoilt = place if spoilt is None and not finite else spoilt
+    for first in of_all_processes(spoilt):
+        if first is not None:
+            raise CalibrationError(
+                f"the dense outputs of forward {first} are not finite, so what skipping costs can't be told. Look at the batches, "
+                "and at the model's dtype."
+            )
     for meter in meters:
         sum_over_processes([meter.total, meter.count])
     if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):
@@ -71,6 +76,7 @@ class _Meter:
         self.module = model.get_submodule(block.fqn)
         self.regions: list[int] = [0]
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.bins = range(0, SCALE + 1, BIN)
         self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64, device="cpu") / SCALE
         self.total = torch.zeros(state.num_regions, len(self.ratios), dtype=torch.float64, device="cpu")
         self.count = torch.zeros(state.num_regions, dtype=torch.float64, device="cpu")
@@ -94,8 +100,12 @@ class _Meter:
         update, scale = result - before, _squares(values[plan.stream].double()).mean() + _squares(result).mean()
         if self.config.skip == "reuse":
             errors = self._stale_errors(update[:, :: -(-update.shape[1] // MEASURED_TOKENS)])
+        elif self.config.context == "kept":
+            errors = torch.stack([self._run_at(ratio, args, kwargs, result, axes) for ratio in self.bins], dim=1)
         else:
-            scores = score_tokens(values[plan.stream], router_vector(self.module), plan.token_axis, plan.batch_axis)
+            scores = score_tokens(
+                values[plan.stream], whole(router_vector(self.module)), plan.token_axis, plan.batch_axis
+            )
             errors = self._omitted(update, share_scores(scores) if self.config.guidance == "shared" else scores)
         if errors is not None:
             self._add(errors / scale.clamp(min=1e-12))
@@ -105,6 +115,16 @@ class _Meter:
         regions = torch.tensor(self.regions, device="cpu").expand(len(errors))
         self.total.index_add_(0, regions, errors.cpu())
         self.count.index_add_(0, regions, torch.ones(len(errors), dtype=torch.float64, device="cpu"))
+
+    def _run_at(
+        self, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, axes: tuple[int, int]
+    ) -> Tensor:
+        """Mean square error (B,) of the block's output at a ratio: of skipped tokens, and of kept ones, which miss their keys."""
+        output = forward_at(self.module, ratio, args, kwargs)
+        program, _ = self.block.read_call(args, kwargs)
+        tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+        found = tensors[program.plan.routed_output].movedim(axes, (0, 1)).double()
+        return _squares(found - result).mean(dim=1)
 
     def _omitted(self, update: Tensor, scores: Tensor) -> Tensor:
         """Mean square, over all tokens, of the updates that are left out at each ratio."""

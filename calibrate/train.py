@@ -19,7 +19,7 @@ from ..latency import latency_from_dict, measure_latency
 from ..learning import check_budget, learnables, plain
 from ..lower import Lowered, unlowered
 from ..routed import ROUTER, ModelRouting, router_weight, settle
-from ..sharding import local, stay_sharded
+from ..sharding import all_weights_reached, local, stay_sharded
 from ..table import write_table
 from ..unwrap import unwrap
 from .adapters import low_rank
@@ -29,6 +29,9 @@ from .learner import Learner, Loss, Task
 from .processes import num_processes, of_all_processes, of_first_process
 from .report import CalibrationReport
 from .snap import check_reachable
+
+_RATES = {"learning_rate", "router_learning_rate", "ratio_learning_rate", "weight_decay", "max_grad_norm"}
+"""What a calibration that goes on from a checkpoint may be given other values of."""
 
 
 @torch.inference_mode(False)
@@ -55,7 +58,8 @@ def calibrate(
         several timestep regions are put together anew, one region each.
     checkpoint: a directory for what is needed to go on, written every ``config.checkpoint_every`` steps. Called again with the
         same arguments after an interruption, a calibration goes on from there and ends as it would have ended. Weights and
-        settings must be those that it began with, and so must batches, but for a loss of one's own. None: no checkpoints.
+        settings must be those that it began with, and so must batches, but for a loss of one's own; rates, weight decay and
+        ``max_grad_norm`` may be others, for one that diverged. None: no checkpoints.
 
     With the preset ``"training-free"``, the default where the model was transformed with ``skip="reuse"``, nothing is learned: the
     batches are run at ratio zero, in their order (with reuse, that of sampling, as ``record`` collects them), what skipping would
@@ -69,13 +73,17 @@ def calibrate(
     in its trajectory are sampled again at the present table, the first of them densely, and a skipped token takes what they
     foretell. Batches that begin a trajectory, whose step is dense in sampling, are not learned from.
 
-    The stages of learning are: warm start of the routers; learning, while the budget falls to its target; snapping of the ratios to
-    bins under the exact budget; settling at the fixed table. Learning rates fall linearly to zero. Training flags and
-    requires_grad are put back. A lowered model learns by compiled graphs of its blocks, one for each bin that is met, and stays
-    lowered. ``torch.no_grad`` and ``torch.inference_mode`` around a call do nothing to it.
+    Learning begins at the table in force: at ratio zero, or at what ``set_ratios`` or a calibration without training left before,
+    which is worth while for few steps (examples/benchmarks/quality.md).
+
+    The stages of learning are: warm start of the routers; learning, while the budget falls to its target; snapping of the
+    ratios to bins under the exact budget; settling at the fixed table. Learning rates of weights and routers fall linearly to zero.
+    Training flags and requires_grad are put back. A lowered model learns by compiled graphs of its blocks, one for each bin that is
+    met, and stays lowered. ``torch.no_grad`` and ``torch.inference_mode`` around a call do nothing to it.
 
     In several processes (``torch.distributed``, ``accelerate launch``) each learns on the batches it is given; gradients are
-    averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2.
+    averaged, and all end with one table. The model may be wrapped by DistributedDataParallel or sharded by FSDP2 (there a batch for
+    a loss of one's own must lie in one timestep region: processes that share a model must run it equally often).
 
     Raises BudgetError (unreachable; the minimum is named), CalibrationError (no batches, one that the model can't be run on, with
     reuse none that follows another, or a loss that is not finite or grows beyond return), ArtefactError (the checkpoint is damaged
@@ -191,7 +199,7 @@ def _settings(
         "blocks": [block.fqn for block in state.blocks],
         "routing": state.config.to_dict(),
         "budgets": list(budgets),
-        "calibration": config.to_dict(),
+        "calibration": {name: value for name, value in config.to_dict().items() if name not in _RATES},
         "batches": [len(batches), *of_all_processes(digest(known))],
         "frozen": [name for name, weight in model.named_parameters() if not weight.requires_grad and trains_all],
         "processes": num_processes(),
@@ -231,7 +239,12 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
             parameter.grad = None
         learnables(model, state).ratios.grad = None
         state.learning = None
-        with unlowered(model, state) as lowered, torch.enable_grad(), without_autocast_cache():
+        with (
+            unlowered(model, state) as lowered,
+            torch.enable_grad(),
+            without_autocast_cache(),
+            all_weights_reached(model),
+        ):
             yield lowered
     except BaseException:
         with torch.no_grad():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .arguments import iterate_leaves, map_leaves
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -41,6 +43,48 @@ def stay_sharded(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         reshard()
+
+
+class _Reach(torch.autograd.Function):
+    """A tensor as it is, whose backward gives each of some weights a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *weights: Tensor) -> Tensor:
+        ctx.kinds = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds)
+
+
+@contextlib.contextmanager
+def all_weights_reached(model: nn.Module) -> Iterator[None]:
+    """Inside, a backward gives every weight of a sharded model a gradient, if only of zero. FSDP2 reduces those that are there, and
+    processes whose batches lie in different timestep regions leave out different blocks and routers."""
+    parts = _sharded_parts(model)
+    handles = [part.register_forward_hook(_reaching(part, set(parts)), prepend=True) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reaching(part: nn.Module, parts: set[Any]) -> Callable[..., Any]:
+    """A forward hook for a sharded part, for the weights that are its own and not those of a part below."""
+    below = [name + "." for name, module in part.named_modules() if module in parts and name]
+    names = [name for name, _ in part.named_parameters() if not name.startswith(tuple(below))]
+
+    def reach(part: nn.Module, args: Any, output: Any) -> Any:
+        weights = [weight for weight in map(part.get_parameter, names) if weight.requires_grad]
+        if not torch.is_grad_enabled() or not weights:
+            return output
+        leaves = (leaf for _, leaf in iterate_leaves(output))
+        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+        return map_leaves(lambda _, leaf: _Reach.apply(leaf, *weights) if leaf is first else leaf, output)
+
+    return reach
 
 
 def is_shard(tensor: Tensor) -> bool:

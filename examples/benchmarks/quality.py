@@ -218,6 +218,19 @@ def layer_wise(task: Task) -> Made:
     return trained(routed(task, num_regions=1), task, estimator="two-bin")
 
 
+def training_free_bypass(task: Task) -> Made:
+    """Routers by ridge regression, and the table that suffers least, without training."""
+    model = routed(task)
+    config = CalibrationConfig(preset="training-free")
+    diffcr_compile.calibrate(model, task.inputs, budget=task.budget, config=config)
+    return made_of(model, task)
+
+
+def learned_from_training_free(task: Task) -> Made:
+    """The default, begun at that table instead of at ratio zero."""
+    return trained(training_free_bypass(task).model, task)
+
+
 def papers_recipe(task: Task) -> Made:
     """DiffCR, layer- and timestep-wise, with the paper's gate and loss, no warm start; budget in FLOPs."""
     return trained(routed(task, gate="sigmoid"), task, distil=False, preset="paper", budget_kind="flops")
@@ -330,6 +343,8 @@ METHODS: dict[str, Callable[[Task], Made]] = {
     "uniform MoD": mixture_of_depths,
     "layer drop": layer_drop,
     "DiffCR-L": layer_wise,
+    "training-free (bypass)": training_free_bypass,
+    "training-free (bypass), then learned": learned_from_training_free,
     "DiffCR-LT, paper's recipe": papers_recipe,
     "ours, all context": partial(ours, context="all"),
     "ours, LoRA": partial(ours, learning=LOW_RANK),

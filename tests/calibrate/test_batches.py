@@ -75,6 +75,14 @@ def put_together(model: nn.Module, batches: list[Batch]) -> list[Batch]:
     return batches if found is given else list(found)
 
 
+def test_repeated_the_first_follow_the_last() -> None:
+    given = Batches([{"place": place} for place in range(3)], [[5], [3, 4], [7]])
+    found = given.repeated(5)
+    assert [batch["place"] for batch in found] == [0, 1, 2, 0, 1]
+    assert (len(found), found[-1]["place"]) == (5, 1)
+    assert [found.name(place) for place in (1, 4, 3)] == ["batches 3, 4", "batches 3, 4", "batch 5"]
+
+
 @pytest.mark.parametrize("shape", [PLAIN, JOINT], ids=["plain", "joint"])
 @given(
     steps=st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=5), min_size=1, max_size=4),

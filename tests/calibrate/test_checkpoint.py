@@ -264,6 +264,19 @@ def test_killed_before_the_first_record_it_begins_anew(
     assert same_outcome(run(fresh(), "routers", tmp_path), uninterrupted["routers"])
 
 
+def test_it_goes_on_at_other_rates(tmp_path: Path) -> None:
+    """As after learning that diverged: from the last checkpoint, and from there on at the new rates."""
+    interrupt(fresh(), "all", tmp_path, "Learner._note", 5)
+    halved = {"learning_rate": 5e-4, "router_learning_rate": 5e-4, "max_grad_norm": 0.1}
+    report, weights = run(fresh(), "all", tmp_path, config=halved)
+    expected, others = run(fresh(), "all", None, config=halved)
+    assert [entry["step"] for entry in report.history] == list(range(8))
+    assert [entry["loss"] for entry in report.history[:3]] != [entry["loss"] for entry in expected.history[:3]]
+    assert not same_bits(weights, others)
+    with pytest.raises(ArtefactError, match=r"other settings \(calibration\)"):
+        run(fresh(), "all", tmp_path, config={"ramp": 0.4})
+
+
 def test_what_was_frozen_meanwhile_is_another_setting(tmp_path: Path) -> None:
     interrupt(fresh(), "all", tmp_path, "Learner._note", 5)
     model = fresh()

@@ -81,6 +81,17 @@ def test_the_schedule_falls_from_budget_to_budget_and_settling_takes_turns(model
     ] * 4
 
 
+def test_learning_begins_at_the_table_in_force(model: TinyDiT) -> None:
+    """At zero; or at what a calibration without training left, within the budget already."""
+    budget, still = 0.6, replace(QUICK, ratio_learning_rate=1e-9, settle=0.0)
+    assert diffcr_compile.calibrate(model, BATCHES, budget=budget, config=still).history[0]["share"] > 0.9
+    begun = routed(SHAPE)
+    free = diffcr_compile.calibrate(begun, BATCHES, budget=budget, config=CalibrationConfig(preset="training-free"))
+    report = diffcr_compile.calibrate(begun, BATCHES, budget=budget, config=still)
+    assert torch.equal(report.table, free.table)
+    assert all(0.99 * budget <= entry["share"] <= budget for entry in report.history)
+
+
 @pytest.mark.parametrize(
     "budgets",
     [

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -162,14 +163,25 @@ def choose_without_training(way: str, number: int, folder: Path) -> dict[str, An
 
 
 def spoil_one(way: str, number: int, folder: Path) -> dict[str, Any]:
-    """The last batch, of the second process alone, holds what is no number."""
-    model = WAYS[way][1](routed(SHAPE))
+    """The last batch, of the second process alone, holds what is no number. ``way``: where it is met first."""
+    model, how = routed(SHAPE), replace(config("all"), warm_start=way == "measuring")
     half = batches(spoilt=True)[number::2]
     try:
-        diffcr_compile.calibrate(model, half, budget=BUDGET, config=config(WAYS[way][0]))
+        diffcr_compile.calibrate(model, half, budget=BUDGET, config=how)
     except diffcr_compile.CalibrationError as error:
         return {"error": str(error), "table": diffcr_compile.ratios(model).tolist()}
     return {"error": None}
+
+
+def learn_unevenly(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """The samples of the first process lie in more timestep regions, and it has a batch more: parts of the model are shared."""
+    half = batches()[number::2]
+    if number == 0:
+        half[0]["timestep"] = torch.tensor(STEPS[:3])
+        half.append(batches()[1])
+    model = WAYS[way][1](routed(SHAPE))
+    report = diffcr_compile.calibrate(model, half, budget=BUDGET, config=config(WAYS[way][0]))
+    return outcome(model, report)
 
 
 Work = Callable[[str, int, Path], dict[str, Any]]
@@ -178,7 +190,9 @@ RUNS: dict[str, tuple[Work, str]] = {
     "sharded, stopped": (stop_and_go_on, "sharded"),
     "lora, stopped": (stop_and_go_on, "lora"),
     "noise, stopped": (draw_noise, "routers"),
-    "spoilt": (spoil_one, "plain"),
+    "sharded, unevenly": (learn_unevenly, "sharded"),
+    "spoilt, learning": (spoil_one, "learning"),
+    "spoilt, measuring": (spoil_one, "measuring"),
     "training-free": (choose_without_training, "identity"),
     "training-free, reuse": (choose_without_training, "reuse"),
 }
@@ -215,8 +229,6 @@ def in_turn(trainable: str) -> dict[str, Any]:
     learner.drawn = draw  # type: ignore[assignment]
     both = [*batches()[0::2], *batches()[1::2]]
     model = routed(SHAPE)
-    from dataclasses import replace
-
     report = diffcr_compile.calibrate(model, both, budget=BUDGET, config=replace(config(trainable), accumulation=2))
     return outcome(model, report)
 
@@ -259,7 +271,7 @@ ALONE = {"plain": "plain", "wrapped": "plain", "sharded": "plain", "lora": "lora
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*WAYS, "sharded, stopped", "lora, stopped"])
+@pytest.mark.parametrize("name", [*WAYS, "sharded, stopped", "lora, stopped", "sharded, unevenly"])
 def test_all_processes_end_alike_within_the_budget(found: Found, name: str) -> None:
     first, second = found(name)[:2]
     assert first == second
@@ -311,9 +323,12 @@ def test_each_process_goes_on_with_its_own_noise(found: Found) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_no_number_in_one_process_stops_all(found: Found) -> None:
-    first, second = found("spoilt")
-    assert "the loss is nan" in first["error"]
+@pytest.mark.parametrize(
+    ("place", "said"), [("learning", "the loss is nan"), ("measuring", "outputs of forward 1 are")]
+)
+def test_what_is_no_number_in_one_process_stops_all(found: Found, place: str, said: str) -> None:
+    first, second = found(f"spoilt, {place}")
+    assert said in first["error"]
     assert first == second
     assert not torch.tensor(first["table"]).any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,17 @@ def test_flags_and_modes_are_put_back(model: TinyDiT, trainable: str) -> None:
         diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=config)
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_routers_that_learn_alone_unasked_are_told(model: TinyDiT) -> None:
+    """Weights without gradients leave the default nothing else."""
+    model.requires_grad_(False)
+    config = CalibrationConfig(steps=2)
+    with pytest.warns(UserWarning, match="no weight of the model requires a gradient"):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diffcr_compile.calibrate(model, BATCHES, budget=0.8, config=replace(config, trainable="routers"))
 
 
 def test_gradients_of_the_users_are_kept(model: TinyDiT) -> None:
@@ -229,7 +241,7 @@ def test_what_is_no_number_is_said_and_table_and_routers_are_put_back(
 
 
 def test_divergence_is_said(model: TinyDiT) -> None:
-    config = CalibrationConfig(steps=40, learning_rate=0.3)
+    config = CalibrationConfig(steps=40, learning_rate=0.3, warm_start=False)
     before = snapshot(model)
     with pytest.raises(CalibrationError, match=r"learning diverged: at step \d+ .* Lower the learning"):
         diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
