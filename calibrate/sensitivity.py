@@ -120,6 +120,7 @@ class _Meter:
         self, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, axes: tuple[int, int]
     ) -> Tensor:
         """Mean square error (B,) of the block's output at a ratio: of skipped tokens, and of kept ones, which miss their keys."""
+        args, kwargs = self.block.own_tokens(args, kwargs)
         output = forward_at(self.module, ratio, args, kwargs)
         program, _ = self.block.read_call(args, kwargs)
         tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]

@@ -164,7 +164,9 @@ def choose_without_training(way: str, number: int, folder: Path) -> dict[str, An
 
 def spoil_one(way: str, number: int, folder: Path) -> dict[str, Any]:
     """The last batch, of the second process alone, holds what is no number. ``way``: where it is met first."""
-    model, how = routed(SHAPE), replace(config("all"), warm_start=way == "measuring")
+    model, how = routed(SHAPE), config("all")
+    if way == "measuring":
+        how = CalibrationConfig(preset="training-free")
     half = batches(spoilt=True)[number::2]
     try:
         diffcr_compile.calibrate(model, half, budget=BUDGET, config=how)

@@ -68,6 +68,14 @@ def test_identity_leaves_out_the_lowest_scores_first() -> None:
     assert float((suffering[..., 5] / suffering[..., 10]).max()) < 1
 
 
+def test_bypass_is_measured_as_it_runs() -> None:
+    """Kept tokens miss the keys of skipped ones: half of the tokens cost more than their updates, which are all that counts where
+    keys and values come from all."""
+    run, omitted = measure("identity"), measure("identity", context="all")
+    assert torch.allclose(run[..., [0, 10]], omitted[..., [0, 10]])
+    assert bool((run[..., 5] > omitted[..., 5]).all())
+
+
 def test_a_region_without_steps_takes_the_mean_of_the_others() -> None:
     suffering = measure("reuse", steps=tuple(float(step) for step in range(980, 520, -40)))
     assert torch.equal(suffering[0], suffering[1])

@@ -241,7 +241,7 @@ def test_what_is_no_number_is_said_and_table_and_routers_are_put_back(
 
 
 def test_divergence_is_said(model: TinyDiT) -> None:
-    config = CalibrationConfig(steps=40, learning_rate=0.3, warm_start=False)
+    config = CalibrationConfig(steps=40, learning_rate=0.3)
     before = snapshot(model)
     with pytest.raises(CalibrationError, match=r"learning diverged: at step \d+ .* Lower the learning"):
         diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=config)
