@@ -186,6 +186,17 @@ def learn_unevenly(way: str, number: int, folder: Path) -> dict[str, Any]:
     return outcome(model, report)
 
 
+def skip_whole_blocks(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """At a fixed table by which each process leaves out a block that the other runs."""
+    model = WAYS[way][1](routed(SHAPE))
+    diffcr_compile.set_ratios(model, [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    half = [batches()[number]] * 2
+    report = diffcr_compile.calibrate(
+        model, half, budget=0.9, config=replace(config(WAYS[way][0]), settle=1.0, ramp=0.0)
+    )
+    return outcome(model, report)
+
+
 Work = Callable[[str, int, Path], dict[str, Any]]
 RUNS: dict[str, tuple[Work, str]] = {
     **{way: (learn, way) for way in WAYS},
@@ -193,6 +204,8 @@ RUNS: dict[str, tuple[Work, str]] = {
     "lora, stopped": (stop_and_go_on, "lora"),
     "noise, stopped": (draw_noise, "routers"),
     "sharded, unevenly": (learn_unevenly, "sharded"),
+    "plain, whole blocks": (skip_whole_blocks, "plain"),
+    "sharded, whole blocks": (skip_whole_blocks, "sharded"),
     "spoilt, learning": (spoil_one, "learning"),
     "spoilt, measuring": (spoil_one, "measuring"),
     "training-free": (choose_without_training, "identity"),
