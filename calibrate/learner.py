@@ -220,7 +220,7 @@ class Learner:
                 "no weight of the model requires a gradient: routers and ratios learn alone, which hardly helps where skipped "
                 "tokens bypass their blocks. Expected weights that do, peft adapters, or CalibrationConfig(trainable='lora'); "
                 "trainable='routers' says that it is meant.",
-                stacklevel=4,
+                stacklevel=5,
             )
         self.masters = {name: _master_of(parameter) for name, parameter in self._parameters().items()}
         masters = list(self.masters.values())

@@ -73,11 +73,12 @@ def all_weights_reached(model: nn.Module) -> Iterator[None]:
 
 def _reaching(part: nn.Module, parts: set[Any]) -> Callable[..., Any]:
     """A forward hook for a sharded part, for the weights that are its own and not those of a part below."""
-    below = [name + "." for name, module in part.named_modules() if module in parts and name]
-    names = [name for name, _ in part.named_parameters() if not name.startswith(tuple(below))]
+    below = {module for other in part.modules() if other in parts and other is not part for module in other.modules()}
+    places = [(module, name) for module in part.modules() if module not in below for name in module._parameters]
 
     def reach(part: nn.Module, args: Any, output: Any) -> Any:
-        weights = [weight for weight in map(part.get_parameter, names) if weight.requires_grad]
+        weights = [module._parameters.get(name) for module, name in places]
+        weights = [weight for weight in weights if weight is not None and weight.requires_grad]
         if not torch.is_grad_enabled() or not weights:
             return output
         leaves = (leaf for _, leaf in iterate_leaves(output))
