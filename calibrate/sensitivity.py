@@ -1,8 +1,8 @@
 """Without training: how much each block suffers from skipping in each timestep region, measured on dense forwards.
 
 With ``skip="reuse"`` the forwards are those of a sampling trajectory, in order: what a skipped token would have taken, had it been
-refreshed some steps ago, against the update that it gets. With ``skip="identity"``: each block as it runs at each ratio; with context
-from every token, where kept ones come out as from the dense block, the updates that the router would leave out.
+refreshed some steps ago, against the update that it gets. With ``skip="identity"``: each block as it runs at each ratio; with
+context from every token, where kept ones come out as from the dense block, the updates that the router would leave out.
 """
 
 from __future__ import annotations
