@@ -30,6 +30,8 @@ from .objective import output_tensors
 from .processes import of_all_processes, sum_over_processes
 from .rehearsal import NO_TRAJECTORY
 
+BINS = range(0, SCALE + 1, BIN)
+
 OLDEST = 4
 """Ages, in steps, up to which an update is compared; what is older is taken to suffer as the square of its age."""
 
@@ -77,8 +79,7 @@ class _Meter:
         self.module = model.get_submodule(block.fqn)
         self.regions: list[int] = [0]
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.bins = range(0, SCALE + 1, BIN)
-        self.ratios = torch.arange(0, SCALE + 1, BIN, dtype=torch.float64, device="cpu") / SCALE
+        self.ratios = torch.tensor(BINS, dtype=torch.float64, device="cpu") / SCALE
         self.total = torch.zeros(state.num_regions, len(self.ratios), dtype=torch.float64, device="cpu")
         self.count = torch.zeros(state.num_regions, dtype=torch.float64, device="cpu")
 
@@ -92,17 +93,22 @@ class _Meter:
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         program, values = self.block.read_call(args, kwargs)
         plan, index = program.plan, program.plan.routed_output
-        tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
-        known = plan.outputs[index]
-        axes = (known.batch_axis, known.dims.index("N"))
-        result, before = (
-            tensor.movedim(axes, (0, 1)).double() for tensor in (tensors[index], program.before(index, values))
-        )
+        axes = (plan.outputs[index].batch_axis, plan.outputs[index].dims.index("N"))
+
+        def routed(output: Any) -> Tensor:
+            tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+            return tensors[index].movedim(axes, (0, 1)).double()
+
+        def run_at(ratio: int) -> Tensor:
+            own, named = self.block.own_tokens(args, kwargs)
+            return routed(forward_at(self.module, ratio, own, named))
+
+        result, before = routed(output), program.before(index, values).movedim(axes, (0, 1)).double()
         update, scale = result - before, _squares(values[plan.stream].double()).mean() + _squares(result).mean()
         if self.config.skip == "reuse":
             errors = self._stale_errors(update[:, :: -(-update.shape[1] // MEASURED_TOKENS)])
-        elif self.config.context == "kept":
-            errors = torch.stack([self._run_at(ratio, args, kwargs, result, axes) for ratio in self.bins], dim=1)
+        elif plan.context == "kept":  # kept tokens miss the keys of skipped ones
+            errors = torch.stack([_squares(run_at(ratio) - result).mean(dim=1) for ratio in BINS], dim=1)
         else:
             scores = score_tokens(
                 values[plan.stream], whole(router_vector(self.module)), plan.token_axis, plan.batch_axis
@@ -116,17 +122,6 @@ class _Meter:
         regions = torch.tensor(self.regions, device="cpu").expand(len(errors))
         self.total.index_add_(0, regions, errors.cpu())
         self.count.index_add_(0, regions, torch.ones(len(errors), dtype=torch.float64, device="cpu"))
-
-    def _run_at(
-        self, ratio: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, axes: tuple[int, int]
-    ) -> Tensor:
-        """Mean square error (B,) of the block's output at a ratio: of skipped tokens, and of kept ones, which miss their keys."""
-        args, kwargs = self.block.own_tokens(args, kwargs)
-        output = forward_at(self.module, ratio, args, kwargs)
-        program, _ = self.block.read_call(args, kwargs)
-        tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
-        found = tensors[program.plan.routed_output].movedim(axes, (0, 1)).double()
-        return _squares(found - result).mean(dim=1)
 
     def _omitted(self, update: Tensor, scores: Tensor) -> Tensor:
         """Mean square, over all tokens, of the updates that are left out at each ratio."""
