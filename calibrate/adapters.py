@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
                 f"{name} has an adapter already. trainable='all' trains it where the weights below are frozen; or fuse it first."
             )
     targets = [
-        f"{block.fqn}.{name}"
+        ".".join(filter(None, (block.fqn, name)))
         for block in state.blocks
         for name, module in model.get_submodule(block.fqn).named_modules()
         if isinstance(module, nn.Linear)
@@ -55,7 +56,8 @@ def low_rank(model: nn.Module, state: ModelRouting, rank: int, seed: int) -> Ite
                 "Quantise after calibrate, train 'routers', or put adapters of your own on the model and train 'all'."
             )
     described = vars(model).get("peft_config")
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    exactly = "|".join(map(re.escape, targets))  # names in a list would be those of other modules too, by their ends
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
     try:
         with torch.random.fork_rng(), on_cpu():
             torch.manual_seed(seed)

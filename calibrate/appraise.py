@@ -16,7 +16,7 @@ from ..layout import grids_of_call, latents_of_call, token_grid
 from ..observe import trace
 from ..region import group_samples, pick_samples, pin_region, regions_of_call, timestep_value
 from ..routed import ModelRouting
-from .batches import Batch
+from .batches import Batch, some
 
 APPRAISED = 4
 """Batches that are looked at."""
@@ -76,14 +76,14 @@ class TokenMap:
 
 
 def spread_over_timesteps(
-    model: nn.Module, state: ModelRouting, batches: Sequence[Batch], places: list[int]
+    model: nn.Module, state: ModelRouting, batches: Sequence[Batch], places: Sequence[int], count: int = APPRAISED
 ) -> list[int]:
-    """At most ``APPRAISED`` of the places, from clean to noisy in equal steps of their order."""
-    few = [places[len(places) * part // 64] for part in range(64)] if len(places) > 64 else places
+    """At most so many of the places, from clean to noisy in equal steps of their order, out of sixteen times as many."""
+    few = some(places, 16 * count)
     timestep = state.plan.timestep
     if timestep is not None:
         few = sorted(few, key=lambda place: _largest(timestep_value(batches[place], timestep, model)))
-    count = min(APPRAISED, len(few))
+    count = min(count, len(few))
     return [few[int((part + 0.5) * len(few) / count)] for part in range(count)]
 
 

@@ -51,6 +51,10 @@ class Batches(Sequence[Batch]):
     def _place(self, place: int) -> int:
         return range(self._count)[place] % len(self._batches)
 
+    def last(self) -> str:
+        """The name of the batch that was read last."""
+        return "a batch" if self._last is None else self.name(self._last)
+
     def repeated(self, count: int) -> Batches:
         """So many, the first ones once more behind the last."""
         return Batches(self._batches, self._origins, count)
@@ -104,13 +108,14 @@ def read_batches(batches: Iterable[Batch]) -> Sequence[Batch]:
 
 
 def to_device(model: nn.Module, batch: Batch) -> Batch:
-    """The batch with its tensors on the model's device; those made under ``torch.inference_mode`` as copies that can be learned
-    from. Where the weights are offloaded (on the meta device between forwards), hooks move what a forward is given."""
+    """The batch with copies of its tensors on the model's device: a forward may write into its inputs, and what was made under
+    ``torch.inference_mode`` can't be learned from. Where the weights are offloaded (on the meta device between forwards), hooks
+    move what a forward is given."""
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     device = next(devices, torch.device("cpu"))
 
     def move(_: Path, leaf: Any) -> Any:
-        return leaf.to(device, copy=leaf.is_inference()) if isinstance(leaf, Tensor) else leaf
+        return leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf
 
     return map_leaves(move, batch)
 
@@ -126,8 +131,18 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
 def drawn(num_batches: int, draw: int, seed: int) -> int:
     """Index of a draw's batch: all of them in a new random order each time round."""
     turn, place = divmod(draw, num_batches)
-    generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + turn)
-    return int(torch.randperm(num_batches, generator=generator, device="cpu")[place])
+    return _shuffled(num_batches, seed * 1_000_003 + turn)[place]
+
+
+def some(places: Sequence[int], count: int) -> list[int]:
+    """At most so many of the places, at random and in their order: recorded samplings repeat their timesteps, and what is evenly
+    apart may always meet the same ones."""
+    return [places[place] for place in sorted(_shuffled(len(places), 0)[:count])]
+
+
+def _shuffled(number: int, seed: int) -> list[int]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(number, generator=generator, device="cpu").tolist()
 
 
 def by_region(model: nn.Module, state: ModelRouting, batches: Batches) -> Batches:

@@ -28,9 +28,11 @@ from ..routed import ROUTER
 from ..sharding import whole
 from .processes import of_all_processes, rank
 
-TYPE, VERSION = "diffcr_compile.calibration", 3
+TYPE, VERSION = "diffcr_compile.calibration", 4
 _JSON = "calibration.json"
-_PROGRESS = {"step", "history", "learned", "tables", "targets", "weights"}
+_PROGRESS = {"step", "history", "learned", "tables", "targets", "start_share", "weights", "table"}
+_MOVED = ("weights", "table")
+"""What a calibration changes of what it began with."""
 
 _MIX = (-7046029254386353131, -4658895280553007687)
 """Odd numbers of 64 bits: a product spreads each bit over those above it (Steele et al. 2014, SplitMix64)."""
@@ -40,8 +42,8 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Checkpoint:
-    """One directory. ``settings``: what must agree between the run that wrote it and the one that goes on. ``weights`` among them
-    may also be those of the last checkpoint, its progress' ``weights``: a model that holds them already."""
+    """One directory. ``settings``: what must agree between the run that wrote it and the one that goes on. ``weights`` and
+    ``table`` among them may also be those of the last checkpoint, in its progress: of a model that holds them already."""
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         self.path, self.settings = Path(path), json.loads(json.dumps(settings))
@@ -78,8 +80,7 @@ class Checkpoint:
             )
         if checksum != record_checksum(record):
             raise ArtefactError(f"{file} is not as it was written. Delete {self.path} to start anew.")
-        if self.settings["weights"] == progress["weights"]:
-            settings = {**settings, "weights": progress["weights"]}
+        settings |= {name: progress[name] for name in _MOVED if self.settings[name] == progress[name]}
         other = sorted(key for key in {*settings, *self.settings} if settings.get(key) != self.settings.get(key))
         if other:
             raise ArtefactError(

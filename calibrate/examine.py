@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from .batches import Batch, as_routers_see
 from .report import Histograms
 
 NUM_BINS = 24
+NOISY, GROWN = 10, 10.0
+"""Losses of single steps whose median counts, and how many times it may grow without a remark."""
+
 _EQUAL = 1e-4
 """Scores of one sample that differ by less than this share of their size are one score."""
 
@@ -51,6 +55,17 @@ def examine_table(table: Tensor, budget: float) -> tuple[str, ...]:
         )
     if len(table) > 1 and bool((table == table[0]).all()):
         return ("every timestep region has the same row: nothing was learned about timesteps",)
+    return ()
+
+
+def examine_losses(losses: Sequence[float]) -> tuple[str, ...]:
+    """What is suspicious about those of a loss of one's own, whose scale nobody else knows."""
+    first, last = (statistics.median(part) if part else 0.0 for part in (losses[:NOISY], losses[-NOISY:]))
+    if first > 0 and last > GROWN * first:
+        return (
+            f"the loss ended at {last:.3g}, above {GROWN:g} times that of the first steps ({first:.3g}): where it is no distance "
+            "from the dense model, learning may have diverged; lower the learning rates",
+        )
     return ()
 
 

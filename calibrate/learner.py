@@ -33,7 +33,7 @@ from ..table import read_table, write_table
 from .appraise import UNIFORM, TokenMap, map_tokens, spread_over_timesteps
 from .batches import Batch, Batches, by_region, drawn, model_inputs, to_device
 from .checkpoint import Checkpoint, digest_weights
-from .examine import examine_routers, examine_table
+from .examine import examine_losses, examine_routers, examine_table
 from .objective import dense_outputs, distillation_loss, output_tensors
 from .processes import average_gradients, mean_over_processes, num_processes, of_all_processes, rank, wait_for_all
 from .ratios import BudgetedRatios
@@ -85,7 +85,8 @@ class Learner:
         self.targets: list[list[Tensor]] = []
         self.before: list[list[int]] = []
         self.routers = {block.fqn: router_weight(model.get_submodule(block.fqn)) for block in state.blocks}
-        self.ratios = BudgetedRatios(learnables(model, state).ratios, task.costs, self.config.ratio_learning_rate)
+        masters, rate = learnables(model, state).ratios, self.config.ratio_learning_rate
+        self.ratios = BudgetedRatios(masters, task.costs, rate, shrink=self.config.shrink)
         self.start_share = float(task.costs.expected_share(self.ratios.masters.detach()))
         self.masters: dict[str, Tensor] = {}
         self.step = 0
@@ -100,12 +101,12 @@ class Learner:
         start = time.perf_counter()
         if self.task.loss is None:
             nn.Module.train(self.model, False)  # exported modules refuse eval()
+        with self._named():
+            self._put_in_order()
         if self.config.preset == "training-free":
             with self._named():
                 self._choose_tables()
         else:
-            with self._named():
-                self._put_in_order()
             self._build_optimizer()
             if not self._resume():
                 self._prepare()
@@ -120,31 +121,32 @@ class Learner:
         return self.batches.named(self.model)
 
     def _put_in_order(self) -> None:
-        """Before learning: which batches go before which, or batches of one timestep region each."""
-        reuses = self.state.config.skip == "reuse"
-        if self.task.loss is None and not reuses:
+        """Which batches go before which, or, to learn from, batches of one timestep region each."""
+        reuses, learns = self.state.config.skip == "reuse", self.config.preset != "training-free"
+        if self.task.loss is None and not reuses and learns:
             self.batches = by_region(self.model, self.state, self.batches)
         if is_sharded(self.model):  # processes that share a model must run it equally often
-            self.batches = self.batches.repeated(max(of_all_processes(len(self.batches))))
+            counts = of_all_processes(len(self.batches))
+            if reuses and not learns and len(set(counts)) > 1:
+                raise CalibrationError(
+                    f"processes that share a model hold {', '.join(map(str, counts))} batches. Expected equally many, of samplings "
+                    "of as many steps: tables are tried on whole samplings."
+                )
+            self.batches = self.batches.repeated(max(counts))
         if reuses:
-            self._find_predecessors()
-
-    def _find_predecessors(self) -> None:
-        self.before = find_predecessors(
-            self.model, self.state, (model_inputs(self.model, each) for each in self.batches)
-        )
+            inputs = (model_inputs(self.model, each) for each in self.batches)
+            self.before = find_predecessors(self.model, self.state, inputs)
 
     def _choose_tables(self) -> None:
         """The tables that suffer least, without learning."""
         self._warm_start()
         bypasses = self.state.config.skip == "identity"
         measured = self._some(MEASURED_BATCHES, "blocks at each ratio") if bypasses else self._all("dense forwards")
-        suffering = measure_suffering(self.model, self.state, measured)
+        suffering = measure_suffering(self.model, self.state, measured, self.batches.last)
         if bypasses:
             for budget in self.task.budgets:
                 self.tables[budget] = choose_table(suffering, self.task.costs, budget, self.config.tolerance)
         else:
-            self._find_predecessors()
             self._try_tables(suffering)
 
     def _try_tables(self, suffering: Tensor) -> None:
@@ -239,7 +241,7 @@ class Learner:
         with self._named():
             if self.weights and self.task.loss is None:
                 for batch in self._all("dense outputs"):
-                    self.targets.append([output.cpu() for output in dense_outputs(self.model, batch)])
+                    self.targets.append([output.to("cpu", copy=True) for output in dense_outputs(self.model, batch)])
             self._warm_start()
         if not self.config.num_learning:
             self._take_present_table()
@@ -250,7 +252,7 @@ class Learner:
 
     def _warm_start(self) -> None:
         if self.config.warm_start and not self.state.trained and self.state.config.selection != "turn":
-            fit_routers(self.model, self.state, self._all("warm start"))
+            fit_routers(self.model, self.state, self._all("warm start"), self.batches.last)
             with torch.no_grad():
                 for name, master in self.masters.items():
                     master.copy_(self._parameters()[name])
@@ -298,8 +300,8 @@ class Learner:
         share, reached = self._scheduled()
         with learning(self.model, estimator=self.config.estimator):
             value = self._backward()
-        self._move(value)
         average_gradients([self.ratios.masters])
+        self._move(value)
         self.ratios.step(share)
         self._note(value, share, "learn")
         if reached is not None:
@@ -353,7 +355,8 @@ class Learner:
         """Raises CalibrationError where a loss without a gradient can't be right. While ratios learn, each depends on them; at a
         fixed table some may not (routers alone learn, and none had to choose; what learns is skipped), but not all of a round."""
         last = min(len(self._usable()), self.config.steps * self.config.accumulation) - 1
-        if self.state.learning is None and not (self.weights and not self.optimizer.state and draw >= last):
+        begun = bool(self.optimizer.state) or any(each.grad is not None for each in self._parameters().values())
+        if self.state.learning is None and (begun or not self.weights or draw < last):
             return
         raise CalibrationError(
             f"the loss of step {self.step} has no gradient, so nothing would be learned. Expected one that torch computes from the "
@@ -409,6 +412,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - self.step / self.config.steps)
         norm = _clip(list(self.masters.values()), self.config.max_grad_norm)
+        if (gradient := self.ratios.masters.grad) is not None:
+            norm = math.hypot(norm, float(gradient.norm()))
         if not all(map(math.isfinite, (value, norm))):
             raise CalibrationError(
                 f"the loss is {value:g} and its gradient norm {norm:g} at step {self.step}. Expected finite values: lower the "
@@ -450,7 +455,7 @@ class Learner:
         if progress["targets"]:
             self.targets = self.checkpoint.read_targets()
         self._check_tensors(tensors)
-        self.step, self.history = progress["step"], progress["history"]
+        self.step, self.history, self.start_share = progress["step"], progress["history"], progress["start_share"]
         self.tables = {float(budget): rows for budget, rows in progress["tables"]}
         with torch.no_grad():
             for name, master in self.masters.items():
@@ -496,6 +501,8 @@ class Learner:
             "tables": [[budget, rows] for budget, rows in self.tables.items()],
             "targets": bool(self.targets),
             "weights": digest_weights(self.model),
+            "start_share": self.start_share,
+            "table": [self.tables.get(self.task.budgets[0]), self.state.degree],
         }
         if self.task.costs.unit == "latency":
             progress["latency"] = latency_to_dict(self.task.costs)
@@ -524,9 +531,8 @@ class Learner:
             yield self._inputs(batch)
 
     def _some(self, count: int, description: str) -> Iterator[Batch]:
-        """At most so many of the batches, evenly apart."""
-        number = len(self.batches)
-        places = sorted({number * part // count for part in range(count)})
+        """At most so many of the batches, evenly over the timesteps."""
+        places = spread_over_timesteps(self.model, self.state, self.batches, range(len(self.batches)), count)
         for place in tqdm(places, desc=description, leave=False, disable=rank() > 0):
             yield self._inputs(self.batches[place])
 
@@ -542,7 +548,14 @@ class Learner:
         write_table(state, rows)
         nn.Module.train(self.model, False)  # exported modules refuse eval()
         table = read_table(state)
-        remarks = list(examine_table(table, budget))
+        tables = {known: torch.tensor(each, device="cpu").float() / SCALE for known, each in self.tables.items()}
+        remarks = [
+            f"budget {known:g}: {remark}" if len(tables) > 1 else remark
+            for known, each in tables.items()
+            for remark in examine_table(each, known)
+        ]
+        if task.loss is not None:
+            remarks += examine_losses([entry["loss"] for entry in self.history])
         scores, found = self._look(remarks, "the routers' scores", self._examine, ((), ()))
         errors, uniform = self._look(remarks, "what saving costs", self._appraise, ({}, {}))
         write_table(state, rows)
@@ -557,7 +570,7 @@ class Learner:
             region_flops=tuple(int(task.flops.row_cost(row)) for row in rows),
             seconds=time.perf_counter() - start,
             budget_kind=task.costs.unit,
-            tables={known: torch.tensor(rows, device="cpu").float() / SCALE for known, rows in self.tables.items()},
+            tables=tables,
             diagnostics=(*remarks, *found),
             scores=scores,
             timestep=state.plan.timestep,
@@ -565,6 +578,7 @@ class Learner:
             errors=errors,
             uniform=uniform,
             tokens=tokens,
+            starts_dense=state.config.skip == "reuse",
         )
 
     def _look(self, remarks: list[str], what: str, look: Callable[[], Any], nothing: Any) -> Any:
@@ -623,9 +637,9 @@ class Learner:
     def _distance(self, index: int) -> Tensor:
         """Of this batch's outputs from the dense ones, () float32."""
         with self._named():
-            batch = self._inputs(self.batches[index])
-            targets = self.targets[index] if self.targets else dense_outputs(self.model, batch)
-            return distillation_loss(output_tensors(self.model(**batch)), targets)
+            batch = self.batches[index]
+            targets = self.targets[index] if self.targets else dense_outputs(self.model, self._inputs(batch))
+            return distillation_loss(output_tensors(self.model(**self._inputs(batch))), targets)
 
 
 def _master_of(parameter: Tensor) -> Tensor:

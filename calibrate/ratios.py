@@ -27,11 +27,12 @@ class BudgetedRatios:
     Few steps see each region, and a region's gradient is mostly noise then: followed alone it scatters what is skipped over blocks
     that differ from region to region, to which the weights do not adapt in time. So regions share a gradient, and each keeps of
     what its own has beyond it the part that is no noise by its variance (James and Stein 1961). What such tables
-    are worth beside one ratio a layer: examples/benchmarks/quality.md, quality_longer.md.
+    are worth beside one ratio a layer: examples/benchmarks/quality.md, quality_longer.md. Without ``shrink`` each region follows
+    its own gradient alone, as in the paper.
     """
 
-    def __init__(self, masters: Tensor, costs: CostModel, learning_rate: float) -> None:
-        self.masters, self.costs, self.learning_rate = masters, costs, learning_rate
+    def __init__(self, masters: Tensor, costs: CostModel, learning_rate: float, *, shrink: bool = True) -> None:
+        self.masters, self.costs, self.learning_rate, self.shrink = masters, costs, learning_rate, shrink
         num_regions, num_blocks = masters.shape
         self.state: dict[str, Tensor] = {
             "masters": masters,
@@ -67,24 +68,31 @@ class BudgetedRatios:
         if not bool(visited.any()):
             return
         state = self.state
-        state["shared"].lerp_(gradient.sum(dim=0) / visited.sum(), 1 - _MOMENTUM)
+        if self.shrink:
+            state["shared"].lerp_(gradient.sum(dim=0) / visited.sum(), 1 - _MOMENTUM)
         beyond = gradient - state["shared"]
         for name, value in (("own", beyond), ("own_square", beyond.square())):
-            state[name].copy_(torch.where(visited, state[name].lerp(value, 1 - _OWN_MOMENTUM), state[name]))
+            state[name].copy_(torch.where(visited, state[name].lerp(value, 1 - self._own_momentum), state[name]))
         state["visits"] += visited
 
     def gradient(self) -> Tensor:
         """The smoothed gradient (num_regions, num_blocks): what regions share, and of what each has of its own the part that
-        the variance of its visits does not explain."""
+        the variance of its visits does not explain; without ``shrink`` each region's own."""
         state = self.state
-        decay = _OWN_MOMENTUM ** state["visits"]
+        decay = self._own_momentum ** state["visits"]
         begun = (1 - decay).clamp(min=1e-9)
         own, square = state["own"] / begun, state["own_square"] / begun
+        if not self.shrink:
+            return own
         visits = (1 + _OWN_MOMENTUM) / (1 - _OWN_MOMENTUM) * (1 - decay) / (1 + decay)  # as many, evenly weighted
         noise = ((square - own.square()).clamp(min=0) / (visits - 1).clamp(min=1)).mean()
         own = own - own.mean(dim=0)
         told = float((1 - noise / own.square().mean().clamp(min=1e-30)).clamp(0, 1))
         return state["shared"] + (told if float(state["visits"].min()) > 1 else 0.0) * own
+
+    @property
+    def _own_momentum(self) -> float:
+        return _OWN_MOMENTUM if self.shrink else _MOMENTUM
 
     def _moved(self, move: Tensor, multiplier: float) -> Tensor:
         return (self.masters.detach() + move + multiplier * self.savings).clamp(0, 1)

@@ -49,7 +49,7 @@ class CalibrationReport:
     trials: without training, the tables that were tried for ``budget``, and how far off they were (``trials.py``). errors: by share
     of the dense cost, squared distance from the dense outputs over their square, at each of ``tables``; uniform: at ratios that are
     everywhere the same, zero among them; both on a few batches at the end. tokens: which blocks compute them there, from clean to
-    noisy.
+    noisy. starts_dense: with reuse, that the first step of a sampling is dense whatever its row says.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -69,6 +69,7 @@ class CalibrationReport:
     errors: dict[float, float] = field(default_factory=dict)
     uniform: dict[float, float] = field(default_factory=dict)
     tokens: tuple[TokenMap, ...] = ()
+    starts_dense: bool = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CalibrationReport) and self.to_dict() == other.to_dict()
@@ -79,6 +80,11 @@ class CalibrationReport:
         lines = [
             f"budget {self.budget:.1%} of the dense {UNITS[self.budget_kind]}, met with {self.share:.2%}; {how} in "
             f"{self.seconds:.0f} s" + (f", last loss {losses[-1]:.4f}" if losses else ""),
+            *(
+                f"as well for budget {budget:.1%}: set_ratios(model, report.tables[{budget:g}])"
+                for budget in self.tables
+                if budget != self.budget
+            ),
             "ratio of skipped tokens, one row per timestep region from clean to noisy, one column per block:",
         ]
         for row, flops in zip(self.table, self.region_flops, strict=True):
@@ -92,16 +98,26 @@ class CalibrationReport:
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.diagnostics)])
 
     def sampler_share(self, timesteps: Iterable[float]) -> float:
-        """Mean share of the dense FLOPs over a sampler's timesteps (``scheduler.timesteps``): a table is indexed by training
-        timestep, and every sampler weighs its rows anew. Raises ValueError outside the range of training, and where there are
-        none."""
+        """Mean share of the dense FLOPs over a sampler's timesteps (``scheduler.timesteps``, in its order): a table is indexed by
+        training timestep, and every sampler weighs its rows anew; with reuse its first step is dense. Raises ValueError outside the
+        range of training, and where there are none."""
+        return self._over_steps([flops / self.dense_flops for flops in self.region_flops], timesteps)
+
+    def sampler_tokens(self, timesteps: Iterable[float]) -> float:
+        """Likewise the mean share of tokens, over steps and blocks, that are computed."""
+        return self._over_steps((1 - self.table.mean(dim=1)).tolist(), timesteps)
+
+    def _over_steps(self, shares: Sequence[float], timesteps: Iterable[float]) -> float:
+        """The mean of what each region has, over a sampler's steps."""
         timesteps = list(timesteps)
         if not timesteps:
             raise ValueError("expected a sampler's timesteps, found none; schedulers make theirs by set_timesteps")
         if self.timestep is None:
-            return self.region_flops[0] / self.dense_flops
-        regions = [region_of(float(value), self.timestep, len(self.table))[0] for value in timesteps]
-        return sum(self.region_flops[region] for region in regions) / len(regions) / self.dense_flops
+            return shares[0]
+        spent = [shares[region_of(float(value), self.timestep, len(self.table))[0]] for value in timesteps]
+        if self.starts_dense:
+            spent[0] = 1.0
+        return sum(spent) / len(spent)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Heat map of the table; error against share of the cost; curves of both while it learned; histograms of the routers'
@@ -195,6 +211,7 @@ class CalibrationReport:
         for holds, what in (
             (all(map(_is_number, numbers)), "numbers"),
             (self.dense_flops > 0, "FLOPs of the dense model"),
+            (isinstance(self.starts_dense, bool), "a truth value for starts_dense"),
             (self.budget_kind in UNITS, f"one of {', '.join(UNITS)} for budget_kind"),
             (
                 all(tuple(table.shape) == shape for table in (self.table, *self.tables.values())),

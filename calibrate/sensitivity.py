@@ -8,7 +8,7 @@ context from every token, where kept ones come out as from the dense block, the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from ..routed import BlockRouting, ModelRouting, forward_at, router_vector
 from ..sharding import whole
 from ..trajectory import Trajectory
 from .batches import as_routers_see
-from .objective import output_tensors
-from .processes import of_all_processes, sum_over_processes
+from .objective import Finite
+from .processes import sum_over_processes
 from .rehearsal import NO_TRAJECTORY
 
 BINS = range(0, SCALE + 1, BIN)
@@ -40,30 +40,30 @@ MEASURED_TOKENS = 512
 
 
 @torch.no_grad()
-def measure_suffering(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> Tensor:
+def measure_suffering(
+    model: nn.Module,
+    state: ModelRouting,
+    batches: Iterable[dict[str, Any]],
+    name: Callable[[], str] = lambda: "a batch",
+) -> Tensor:
     """Squared error that each ratio brings into the residual stream, as a share of the stream's own square.
 
-    Returns float64 (num_regions, num_blocks, bins): mean over the forwards of each region, of all processes. Raises
-    CalibrationError where outputs are not finite, and where reuse is to be measured and no forward continues another's trajectory.
+    Returns float64 (num_regions, num_blocks, bins): mean over the forwards of each region, of all processes. name: of the batch
+    read last. Raises CalibrationError where outputs are not finite, and where reuse is to be measured and no forward continues
+    another's trajectory.
     """
     trajectory = Trajectory()
     meters = [_Meter(block, model, state, trajectory) for block in state.blocks]
-    spoilt: int | None = None
+    outputs = Finite(name)
     seen = batches if state.config.skip == "reuse" else as_routers_see(model, state, batches)
     with dense(model), watch_calls(model, state, after=lambda block, *call: meters[block.index].observe(*call)):
-        for place, batch in enumerate(seen):
+        for batch in seen:
             if state.plan.timestep is not None:
                 advance(trajectory, model, state.plan.timestep, batch)
             for meter in meters:
                 meter.regions = regions_of_call(model, state, batch)
-            finite = all(bool(output.isfinite().all()) for output in output_tensors(model(**batch)))
-            spoilt = place if spoilt is None and not finite else spoilt
-    for first in of_all_processes(spoilt):
-        if first is not None:
-            raise CalibrationError(
-                f"the dense outputs of forward {first} are not finite, so what skipping costs can't be told. Look at the batches, "
-                "and at the model's dtype."
-            )
+            outputs.look_at(model(**batch))
+    outputs.check()
     for meter in meters:
         sum_over_processes([meter.total, meter.count])
     if state.config.skip == "reuse" and not any(bool(meter.count.any()) for meter in meters):

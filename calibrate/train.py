@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -46,8 +47,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Learn where ``model`` spends its compute: routers and ratios, and its weights with them, under a budget.
 
-    batches: keyword dictionaries of ``model.forward``, read once and moved to the model's device when used; for instance
-        noised training data, or what ``record`` saw.
+    batches: keyword dictionaries of ``model.forward``, copied to the model's device when used; for instance noised training data,
+        or what ``record`` saw. A sequence is asked for one at a time, as often as it is drawn (and may read it from disk, as a
+        recording with a folder does); anything else, a DataLoader or a generator, is read into memory first, and so must end.
     budget: share of the dense FLOPs (or of what ``config.budget_kind`` says) to keep, in (0, 1], mean over the timestep regions.
         Met within ``config.tolerance`` and never exceeded; by training-free tables for reuse also as a mean over the steps of
         the batches, of which the first is dense. Several: one set of routers and weights serves them all, the report has
@@ -89,7 +91,8 @@ def calibrate(
     reuse none that follows another, or a loss that is not finite or grows beyond return), ArtefactError (the checkpoint is damaged
     or of other settings), CaptureError, UnsupportedError, NotTransformedError, ValueError, TypeError; what a loss of one's own
     raises passes, with a note of the batch. Batches count from 0. After any error, or an interrupt, the model is as before: table,
-    routers and the weights that learn, of which the CPU holds a copy meanwhile.
+    routers and the weights that learn, of which the CPU holds a copy meanwhile (with ``"lora"`` of those below the adapters, while
+    they are merged at the end).
     """
     model = unwrap(model)
     _check_types(loss, config)
@@ -101,6 +104,7 @@ def calibrate(
         config = config or CalibrationConfig(preset="training-free" if state.config.skip == "reuse" else "default")
         _check_task(budgets, config, loss, checkpoint)
         _check_weights(model, config)
+        _warn_of_half_a_paper(state, config, loss)
         flops = of_first_process(measure_costs(model, inputs))
         kept = None
         if checkpoint is not None:
@@ -146,6 +150,20 @@ def _check_task(budgets: tuple[float, ...], config: CalibrationConfig, loss: Los
         )
 
 
+def _warn_of_half_a_paper(state: ModelRouting, config: CalibrationConfig, loss: Loss | None) -> None:
+    """Of what the preset can't put in place itself."""
+    missing = [
+        what
+        for what, absent in (
+            ("the diffusion loss as loss=", loss is None),
+            ('transform(model, DiffCRConfig(gate="sigmoid"))', state.config.gate != "sigmoid"),
+        )
+        if absent
+    ]
+    if config.preset == "paper" and missing:
+        warnings.warn(f"preset 'paper' without what the paper has beside it: {' and '.join(missing)}.", stacklevel=4)
+
+
 def _check_weights(model: nn.Module, config: CalibrationConfig) -> None:
     """Raises UnsupportedError for weights that can't learn."""
     absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
@@ -185,9 +203,9 @@ def _settings(
 ) -> dict[str, Any]:
     """What a checkpoint must agree in with the run that goes on from it.
 
-    Batches must be the same where their dense outputs are kept; for a loss of one's own they may be drawn anew. Weights must be
-    those that the calibration began with: adapters that were merged once are not merged again, and what one model learned is not
-    put into another.
+    Batches must be the same where their dense outputs are kept; for a loss of one's own they may be drawn anew. Weights and table
+    must be those that the calibration began with: adapters that were merged once are not merged again, what one model learned is
+    not put into another, and the budget's schedule begins at that table's cost.
     """
     trains_all = config.trainable == "all"
     known = (
@@ -200,7 +218,8 @@ def _settings(
         "routing": state.config.to_dict(),
         "budgets": list(budgets),
         "calibration": {name: value for name, value in config.to_dict().items() if name not in _RATES},
-        "batches": [len(batches), *of_all_processes(digest(known))],
+        "table": [state.rows, state.degree],
+        "batches": of_all_processes([len(batches), digest(known)]),
         "frozen": [name for name, weight in model.named_parameters() if not weight.requires_grad and trains_all],
         "processes": num_processes(),
     }
@@ -234,10 +253,13 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
     learned = [*weights, *(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)]
     before = [local(tensor.detach()).to("cpu", copy=True) for tensor in learned]
     rows, degree, learning = state.rows, state.degree, state.learning
+    trained, report = state.trained, state.report
+    masters = learnables(model, state).ratios
+    values, own = masters.detach().clone(), masters.grad
     try:
         for parameter in needed:
             parameter.grad = None
-        learnables(model, state).ratios.grad = None
+        masters.grad = None
         state.learning = None
         with (
             unlowered(model, state) as lowered,
@@ -250,8 +272,10 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
         with torch.no_grad():
             for tensor, value in zip(learned, before, strict=True):
                 local(tensor).copy_(value)
-        write_table(state, rows)
-        state.degree = degree
+            write_table(state, rows)
+            masters.copy_(values)  # which may lie between bins
+        state.synced = masters._version
+        state.degree, state.trained, state.report = degree, trained, report
         raise
     finally:
         torch.clear_autocast_cache()  # of the weights as they were
@@ -260,4 +284,5 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
         for parameter, (flag, gradient) in needed.items():
             parameter.requires_grad_(flag)
             parameter.grad = gradient
+        masters.grad = own
         state.learning = learning

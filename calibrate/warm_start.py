@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..observe import watch_calls
 from ..routed import BlockRouting, ModelRouting, router_weight
 from ..sharding import like, whole
 from .batches import as_routers_see
+from .objective import Finite
 from .processes import sum_over_processes
 
 RIDGE = 1e-2
@@ -21,11 +22,17 @@ RIDGE = 1e-2
 
 
 @torch.no_grad()
-def fit_routers(model: nn.Module, state: ModelRouting, batches: Iterable[dict[str, Any]]) -> None:
+def fit_routers(
+    model: nn.Module,
+    state: ModelRouting,
+    batches: Iterable[dict[str, Any]],
+    name: Callable[[], str] = lambda: "a batch",
+) -> None:
     """Set every router to the vector that best predicts ``log ||block(x) - x||`` of a token from the token, on ``batches``.
 
     Scores then have unit spread over the tokens seen. Tokens that a block hardly changes are the first to skip it. A router that
-    sees the timestep is fitted region by region; a region without tokens takes the vector of all.
+    sees the timestep is fitted region by region; a region without tokens takes the vector of all. name: of the batch read last.
+    Raises CalibrationError where the dense outputs of one are not finite.
     """
     sums = {block.fqn: _Moments(router_weight(model.get_submodule(block.fqn))) for block in state.blocks}
 
@@ -39,9 +46,11 @@ def fit_routers(model: nn.Module, state: ModelRouting, batches: Iterable[dict[st
         row = state.region() if state.config.router == "timestep" else 0
         sums[block.fqn].add(tokens.reshape(-1, tokens.shape[-1]), size.reshape(-1), row)
 
+    outputs = Finite(name)
     with dense(model), watch_calls(model, state, after=observe):
         for batch in as_routers_see(model, state, batches):
-            model(**batch)
+            outputs.look_at(model(**batch))
+    outputs.check()
     for block in state.blocks:
         sums[block.fqn].solve()
 

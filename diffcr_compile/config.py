@@ -199,6 +199,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "settle": 0.25,
         "budget_kind": "flops",
         "estimator": "single-pass",
+        "shrink": True,
     },
     "paper": {
         "steps": 100_000,
@@ -207,6 +208,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "settle": 0.0,
         "budget_kind": "tokens",
         "estimator": "two-bin",
+        "shrink": False,
     },
     "training-free": {
         "steps": 60,
@@ -215,6 +217,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "settle": 0.0,
         "budget_kind": "flops",
         "estimator": "single-pass",
+        "shrink": True,
     },
 }
 
@@ -229,11 +232,12 @@ _MEASURES = {"preset", "budget_kind", "warm_start", "tolerance", "seed", "steps"
 class CalibrationConfig(_Options):
     """How routers and ratios are learned. What is not given has the preset's value.
 
-    preset: ``"default"``; ``"paper"``: the paper's steps and its budget of tokens, without a warm start of the routers or a
-        stage of settling (give ``calibrate`` the diffusion loss, and ``transform`` ``gate="sigmoid"``, to follow it all the
-        way; the budget is met by projection instead of a weighted loss); ``"training-free"``: no learning; how much each block
-        suffers from skipping in each region is measured on dense forwards, and the table that suffers least within the budget
-        is taken. What concerns learning can't be given then.
+    preset: ``"default"``; ``"paper"``: the paper's steps, estimator and budget of tokens, each region with its own gradient,
+        without a warm start of the routers or a stage of settling. To follow it all the way give ``calibrate`` the diffusion loss
+        as ``loss``, and ``transform`` ``gate="sigmoid"``: else a warning says that they are missing. What stays different: the
+        budget is met by projection instead of a weighted term of the loss, ratios move by normalised gradients instead of AdamW,
+        and end in bins. ``"training-free"``: no learning; how much each block suffers from skipping in each region is measured on
+        dense forwards, and the table that suffers least within the budget is taken. What concerns learning can't be given then.
     trainable: ``"all"``: routers, ratios and the model's weights jointly (the paper), as far as they require gradients (with peft
         adapters of one's own: those); ``"lora"``: low-rank adapters on the linear layers of the routed blocks in place of the
         weights, merged into them at the end (the paper's text-to-image models; needs peft); ``"routers"``: weights frozen. What
@@ -252,6 +256,8 @@ class CalibrationConfig(_Options):
     learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
     router_learning_rate: of the routers, likewise.
     ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
+    shrink: whether the timestep regions' gradients are drawn towards their mean, as far as they differ by noise (James and Stein
+        1961; the default), or each region follows its own alone (the paper, and its preset).
     weight_decay: of the model's weights, >= 0 (the paper: 3e-2).
     ramp: share of the steps (default 0.6, or what ``settle`` leaves) over which the scheduled budget moves from the table's present
         share to the target, in [0, 1].
@@ -274,6 +280,7 @@ class CalibrationConfig(_Options):
     learning_rate: float = 1e-4
     router_learning_rate: float = 1e-3
     ratio_learning_rate: float = 2e-2
+    shrink: OrNone[bool] = _RESOLVED
     weight_decay: float = 3e-2
     ramp: OrNone[float] = _RESOLVED
     settle: OrNone[float] = _RESOLVED
@@ -306,8 +313,9 @@ class CalibrationConfig(_Options):
         _check_number("max_grad_norm", self.max_grad_norm, positive=True, finite=False)
         _check_number("weight_decay", self.weight_decay)
         _check_count("seed", self.seed, 0, most=LARGEST_SEED)
-        if not isinstance(self.warm_start, bool):
-            raise ValueError(f"warm_start must be True or False, found {self.warm_start!r}")
+        for name in ("warm_start", "shrink"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, found {getattr(self, name)!r}")
         if self.ramp + self.settle > 1:
             raise ValueError(f"ramp + settle must be at most 1, found {self.ramp} + {self.settle}")
         if self.preset != "training-free" and self.settle < 1 and not self.num_learning:

@@ -178,7 +178,8 @@ def watch_calls(
             handles.append(module.register_forward_pre_hook(show(before, block, module), with_kwargs=True))
         if after is not None:
             handles.append(module.register_forward_pre_hook(show(keep, block, module), with_kwargs=True))
-            handles.append(module.register_forward_hook(show(finish, block, module), with_kwargs=True))
+            finished = show(finish, block, module)  # the first hook: those of FSDP2 take the weights away again
+            handles.append(module.register_forward_hook(finished, with_kwargs=True, prepend=True))
     try:
         yield
     finally:

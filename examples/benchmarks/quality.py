@@ -58,6 +58,7 @@ THRESHOLDS = 6
 """Halvings of the interval from 0 to 1 in which a cache's threshold is looked for."""
 
 TIMESTEPS = 1000
+SHARES = (0.8, 0.65, 0.5)
 FEW_REGIONS = 10
 """Records hold no table of more regions: it is read off no picture."""
 
@@ -213,9 +214,9 @@ def harms(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     return torch.tensor(found)
 
 
-def layer_wise(task: Task) -> Made:
-    """DiffCR with one ratio a layer, by the paper's estimator."""
-    return trained(routed(task, num_regions=1), task, estimator="two-bin")
+def layer_wise(task: Task, estimator: str = "two-bin") -> Made:
+    """One ratio a layer, else as the default; by the paper's estimator if not by another."""
+    return trained(routed(task, num_regions=1), task, estimator=estimator)
 
 
 def training_free_bypass(task: Task) -> Made:
@@ -231,14 +232,30 @@ def learned_from_training_free(task: Task) -> Made:
     return trained(training_free_bypass(task).model, task)
 
 
-def papers_recipe(task: Task) -> Made:
+def papers_recipe(task: Task, num_regions: int = 4) -> Made:
     """DiffCR, layer- and timestep-wise, with the paper's gate and loss, no warm start; budget in FLOPs."""
-    return trained(routed(task, gate="sigmoid"), task, distil=False, preset="paper", budget_kind="flops")
+    model = routed(task, gate="sigmoid", num_regions=num_regions)
+    return trained(model, task, distil=False, preset="paper", budget_kind="flops")
 
 
-def ours(task: Task, learning: dict[str, Any] | None = None, **options: Any) -> Made:
+def ours(task: Task, learning: dict[str, Any] | None = None, *, distil: bool = True, **options: Any) -> Made:
     """The default: layer- and timestep-wise, exact gate, distillation, warm start, single-pass; but for what is given."""
-    return trained(routed(task, **options), task, **(learning or {}))
+    return trained(routed(task, **options), task, distil=distil, **(learning or {}))
+
+
+def several_budgets(task: Task) -> Made:
+    """The default, all three budgets of the table from one calibration; as many steps as for one."""
+    model = routed(task)
+    budgets = [task.budget, *(budget for budget in SHARES if budget != task.budget)]
+    config = CalibrationConfig(steps=task.settings.training_steps, seed=task.seed)
+    diffcr_compile.calibrate(model, task.inputs, budget=budgets, config=config)
+    return made_of(model, task)
+
+
+def budget_of_time(task: Task) -> Made:
+    """The default with a budget of the lowered model's time."""
+    model = diffcr_compile.lower(routed(task), scope="regional")
+    return trained(model, task, budget_kind="latency")
 
 
 LOW_RANK = {"trainable": "lora", "lora_rank": 16, "learning_rate": 1e-3}
@@ -286,6 +303,11 @@ def learned_on_reuse(task: Task, trainable: str = "all", **options: Any) -> Made
     return trained(model, replace(task, batches=batches), trainable=trainable)
 
 
+def dense(task: Task) -> Made:
+    """The model as it is."""
+    return Made(plain(), task.settings.sampler_steps, 1.0, compiled=True)
+
+
 def fewer_steps(task: Task) -> Made:
     """The dense model in fewer sampling steps."""
     steps = task.settings.sampler_steps
@@ -331,6 +353,8 @@ def taylorseer_cached(task: Task) -> Made:
 
 
 METHODS: dict[str, Callable[[Task], Made]] = {
+    "dense": dense,
+    "dense, trained on": control,
     "training-free (reuse)": training_free,
     "dense, fewer steps": fewer_steps,
     "whole blocks cached": partial(blocks_cached, order=0),
@@ -343,18 +367,32 @@ METHODS: dict[str, Callable[[Task], Made]] = {
     "uniform MoD": mixture_of_depths,
     "layer drop": layer_drop,
     "DiffCR-L": layer_wise,
+    "DiffCR-L, single-pass": partial(layer_wise, estimator="single-pass"),
     "training-free (bypass)": training_free_bypass,
     "training-free (bypass), then learned": learned_from_training_free,
     "DiffCR-LT, paper's recipe": papers_recipe,
+    "DiffCR-L, paper's recipe": partial(papers_recipe, num_regions=1),
+    "ours, diffusion loss": partial(ours, distil=False),
     "ours, all context": partial(ours, context="all"),
     "ours, LoRA": partial(ours, learning=LOW_RANK),
     "ours, routers see the timestep": partial(ours, router="timestep"),
+    "ours, regions apart": partial(ours, learning={"shrink": False}),
+    "ours, cold start": partial(ours, learning={"warm_start": False}),
+    "ours, not settled": partial(ours, learning={"settle": 0.0}),
+    "ours, sigmoid gate": partial(ours, gate="sigmoid"),
+    "ours, routers and ratios alone": partial(ours, learning={"trainable": "routers"}),
+    "ours, budget of tokens": partial(ours, learning={"budget_kind": "tokens"}),
+    "ours, budget of time": budget_of_time,
+    "ours, three budgets at once": several_budgets,
     "ours, guidance shared": partial(ours, guidance="shared"),
     "reuse, learned": learned_on_reuse,
     "reuse, learned table": partial(learned_on_reuse, trainable="routers"),
     "reuse, learned table, score and turn": partial(learned_on_reuse, trainable="routers", selection="score and turn"),
 }
 """How each row is made."""
+
+WHOLE = {"dense", "dense, trained on"}
+"""Rows of all FLOPs."""
 
 CACHES = {"whole blocks cached", "whole blocks cached, extrapolated", "FirstBlockCache", "TaylorSeer"}
 
@@ -377,7 +415,7 @@ class Bench:
         self.dense = Made(plain(), settings.sampler_steps, compiled=True)
         self.references: dict[int, Tensor] = {}
 
-    def run(self, method: str, make: Callable[[Task], Made], budget: float, seed: int) -> None:
+    def run(self, method: str, budget: float, seed: int) -> None:
         """One cell, unless it is known."""
         key = f"{method} | {budget} | {seed}"
         if key in self.cells:
@@ -385,7 +423,9 @@ class Bench:
         start = time.perf_counter()
         try:
             batches = example.calibration_batches(NUM_BATCHES, self.settings.batch, seed, targets=True)
-            made = make(Task(self.settings, guided(batches) if self.settings.guidance != 1 else batches, budget, seed))
+            made = METHODS[method](
+                Task(self.settings, guided(batches) if self.settings.guidance != 1 else batches, budget, seed)
+            )
         except diffcr_compile.UnsupportedError as error:  # adapters want peft; a cache may not know the model
             print(f"{method}: {type(error).__name__}: {error}", file=sys.stderr)
             return
@@ -429,7 +469,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.65, 0.5])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--training-steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=60)
@@ -440,7 +480,7 @@ def main() -> None:
         "--times", action=argparse.BooleanOptionalAction, default=True, help="compile and time each model"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "dense, trained on"], default=None)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument(
         "--model", choices=["digits", "photos", "captions", "inpainting"], default="digits", help="module of examples/"
     )
@@ -452,8 +492,7 @@ def main() -> None:
     name = options.record or ("quality" if options.model == "digits" else f"quality_{options.model}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="the routers are untrained")
-    chosen = options.methods or ["dense, trained on", *METHODS]
-    if options.two_calls and (options.model != "captions" or CACHES & set(chosen)):
+    if options.two_calls and (options.model != "captions" or CACHES & set(options.methods)):
         parser.error(
             "--two-calls takes --model captions, and --methods without caches: they tell steps by the model's calls"
         )
@@ -467,12 +506,9 @@ def main() -> None:
     )
     command = f"python {shlex.join(sys.argv)}"
     bench = Bench(settings, options.out / f"{name}.json", command, timed=options.times)
-    cells = [(method, share, seed) for seed in options.seeds for share in options.shares for method in chosen]
+    cells = [(method, share, seed) for seed in options.seeds for share in options.shares for method in options.methods]
     for method, share, seed in tqdm(cells, desc="cells"):
-        if method == "dense, trained on":
-            bench.run(method, control, 1.0, seed)
-        else:
-            bench.run(method, METHODS[method], share, seed)
+        bench.run(method, 1.0 if method in WHOLE else share, seed)
         write(bench.file)
     print((options.out / f"{name}.md").read_text())
 

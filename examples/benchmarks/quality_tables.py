@@ -21,6 +21,9 @@ Cell = dict[str, Any]
 DRAWN = "ours (default)"
 """The method whose tables of ratios are drawn."""
 
+TRAINED_ON = "dense, trained on"
+"""The control."""
+
 DPI = 110
 COLUMNS = {
     "share": ("share", ".3f"),
@@ -163,14 +166,14 @@ def _draw_moved(axes: Any, cells: list[Cell], below: list[float], name: str) -> 
             yerr=[lower, upper],
             label=method,
             color=f"C{place % 10}",
-            linestyle=("-", "--")[place // 10 % 2],
+            linestyle=("-", "--", ":")[place // 10 % 3],
             marker="o",
             markersize=4,
             capsize=2,
         )
-    trained = [cell["moved"] for cell in cells if cell["budget"] == 1]
+    trained = [cell["moved"] for cell in cells if cell["method"] == TRAINED_ON]
     if trained:
-        axes.axhline(statistics.mean(trained), color="gray", linewidth=1, label="dense, trained on")
+        axes.axhline(statistics.mean(trained), color="gray", linewidth=1, label=TRAINED_ON)
     axes.set(yscale="log", xlabel=f"share of the dense sampling's {'FLOPs' if name == 'share' else 'time, lowered'}")
     axes.grid(alpha=0.3)
 

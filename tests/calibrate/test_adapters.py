@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffcr_compile.calibration.adapters import low_rank
-from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
-from torch import nn
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, sinusoids, snapshot, tiny_inputs
+from torch import Tensor, nn
 
 import diffcr_compile
 from diffcr_compile import CalibrationConfig, UnsupportedError
@@ -113,7 +115,7 @@ def test_nan_leaves_the_weights(model: TinyDiT) -> None:
     spoilt = batches(torch.float64)
     spoilt[1]["x"][0, 0, 0] = torch.nan
     with pytest.raises(diffcr_compile.CalibrationError, match="Table, routers and weights are as before"):
-        diffcr_compile.calibrate(model, spoilt, budget=0.6, config=CONFIG)
+        diffcr_compile.calibrate(model, spoilt, budget=0.6, config=replace(CONFIG, warm_start=False))
     assert same_snapshot(snapshot(model), before)
     assert not diffcr_compile.ratios(model).any()
 
@@ -243,3 +245,30 @@ def test_quantised_weights_are_refused_before_anything_is_learned() -> None:
     with pytest.raises(UnsupportedError, match=r"the weight of blocks\.0\.\S+ is quantised"):
         diffcr_compile.calibrate(model, given, budget=0.6, config=CONFIG)
     assert attributes(model) == before
+
+
+def test_layers_of_other_blocks_whose_names_end_alike_are_left_alone() -> None:
+    """What is not routed is not adapted: ``refiner.blocks.0`` beside ``blocks.0``."""
+
+    class Refined(TinyDiT):
+        def __init__(self, shape: Shape) -> None:
+            super().__init__(shape)
+            self.refiner = nn.Module()
+            self.refiner.blocks = copy.deepcopy(self.blocks)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+            cond = self.time(sinusoids(timestep, self.shape.width).to(x.dtype))
+            refined = self.refiner.blocks[0](self.embed(x), cond, None, None)
+            return super().forward(x, timestep) + 0.1 * self.head(refined)
+
+    torch.manual_seed(0)
+    model = Refined(SHAPE).double().eval()
+    diffcr_compile.transform(
+        model, example_inputs=batches(torch.float64)[0], filter_fn=lambda _, name: not name.startswith("refiner")
+    )
+    assert [block.fqn for block in routing_of(model).blocks] == [f"blocks.{place}" for place in range(SHAPE.depth)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.startswith("blocks.") for name in changed)
+    assert not any(name.startswith("refiner") for name in changed)

@@ -44,7 +44,7 @@ def test_batches_are_spread_over_the_timesteps_from_clean_to_noisy() -> None:
     many = [tiny_inputs(SHAPE, timestep=float(step)) for step in range(1000)]
     chosen = spread_over_timesteps(model, routing_of(model), many, list(range(1000)))
     assert len(chosen) == APPRAISED
-    assert all(abs(place - 1000 * (part + 0.5) / APPRAISED) < 20 for part, place in enumerate(chosen))
+    assert all(abs(place - 1000 * (part + 0.5) / APPRAISED) < 100 for part, place in enumerate(chosen))
 
 
 def test_a_map_holds_the_first_samples_tokens() -> None:

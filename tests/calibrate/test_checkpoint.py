@@ -30,7 +30,7 @@ import pytest
 import torch
 from diffcr_compile.calibration import checkpoint, learner, train
 from diffcr_compile.calibration.checkpoint import Checkpoint, digest, digest_weights, record_checksum
-from models import Shape, TinyDiT, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor, nn
 
 from diffcr_compile import ArtefactError, CalibrationConfig, CalibrationReport
@@ -355,12 +355,44 @@ def test_other_settings_are_refused_by_name(copied: Path, options: dict[str, Any
     refused(copied, rf"other settings \({named}\)", **options)
 
 
+def test_a_table_that_it_did_not_begin_with_is_refused(tmp_path: Path) -> None:
+    """The budget's schedule begins at its cost, and with settle=1 it is all there is."""
+    settled: dict[str, Any] = {"budget": 0.9, "config": {"settle": 1.0, "steps": 4}}
+    for begun, options in ((0.5, settled), (0.2, {})):
+        folder = tmp_path / f"from-{begun}"
+        model = fresh()
+        diffcr_compile.set_ratios(model, begun)
+        through = run(model, "routers", folder, **options)
+        for other in (0.0, 0.3):
+            model = fresh()
+            diffcr_compile.set_ratios(model, other)
+            with pytest.raises(ArtefactError, match=r"other settings \(table\)"):
+                run(model, "routers", folder, **options)
+            assert bool((diffcr_compile.ratios(model) == torch.tensor(other)).all())
+        model = fresh()
+        diffcr_compile.set_ratios(model, begun)
+        assert same_outcome(run(model, "routers", folder, **options), through)
+
+
+def test_outputs_that_share_memory_are_kept(tmp_path: Path) -> None:
+    class Twice(TinyDiT):
+        def forward(self, **inputs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+            output = super().forward(**inputs)
+            return {"sample": output, "again": output}
+
+    model = original(SHAPE)
+    model.__class__ = Twice
+    diffcr_compile.transform(model, example_inputs=BATCHES[0])
+    run(model, "all", tmp_path / "kept")
+    assert (tmp_path / "kept" / "targets-0.safetensors").is_file()
+
+
 def test_another_number_of_batches_and_another_model_are_refused_by_name(halfway: Path) -> None:
     config = CONFIGS["all"]
     with pytest.raises(ArtefactError, match=r"other settings \(batches\)"):
         diffcr_compile.calibrate(fresh(), BATCHES[:2], budget=BUDGETS, config=config, checkpoint=halfway)
     other = Shape("plain", depth=3, heads=1, head_dim=6)
-    with pytest.raises(ArtefactError, match=r"other settings \(blocks, weights\)"):
+    with pytest.raises(ArtefactError, match=r"other settings \(blocks, table, weights\)"):
         diffcr_compile.calibrate(fresh(other), BATCHES, budget=BUDGETS, config=config, checkpoint=halfway)
 
 
@@ -464,7 +496,7 @@ def test_damaged_json_is_refused(copied: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("type", "diffcr_compile.routing", "expected 'diffcr_compile.calibration', version 3"),
+        ("type", "diffcr_compile.routing", "expected 'diffcr_compile.calibration', version 4"),
         ("version", 1, "version 1; expected"),
         ("version", 4, "version 4; expected"),
         ("version", "1", "version '1'; expected"),

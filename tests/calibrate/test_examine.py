@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffcr_compile.calibration.examine import NUM_BINS, examine_routers, examine_table
+from diffcr_compile.calibration.examine import NUM_BINS, examine_losses, examine_routers, examine_table
 from models import Shape, TinyDiT, routed, same_snapshot, snapshot, tiny_inputs
 from torch import Tensor, nn
 
@@ -169,3 +169,37 @@ def test_without_routers_nothing_is_shown() -> None:
     report = diffcr_compile.calibrate(model, trajectory, budget=0.7)
     assert report.scores == ()
     assert not any("router" in remark for remark in report.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("losses", "remarks"),
+    [
+        ([0.5, 2.0] * 5 + [0.6] * 90, 0),
+        ([0.1] * 50 + [2.0] * 50, 1),
+        ([0.1] * 99 + [50.0], 0),  # one batch
+        ([0.0] * 10 + [1.0] * 90, 0),  # a distance from the dense model
+        ([-1.0] * 10 + [5.0] * 10, 0),
+        ([], 0),
+    ],
+)
+def test_a_loss_that_grew_is_remarked(losses: list[float], remarks: int) -> None:
+    assert len(examine_losses(losses)) == remarks
+
+
+def test_a_loss_of_ones_own_that_diverged_is_said_in_the_report() -> None:
+    calls, model = 0, routed(SHAPE)
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return model(**batch).square().mean() + float(calls)
+
+    config = CalibrationConfig(steps=25, trainable="routers")
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.8, loss=loss, config=config)
+    assert not any(
+        "learning may have diverged" in remark for remark in report.diagnostics
+    )  # 20.5 is not above 10 times 5.5
+    calls, config = 0, CalibrationConfig(steps=80, trainable="routers")
+    report = diffcr_compile.calibrate(model, BATCHES, budget=0.8, loss=loss, config=config)
+    assert sum("learning may have diverged" in remark for remark in report.diagnostics) == 1
+    assert "learning may have diverged" in str(report)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +14,8 @@ import pytest
 import torch
 from diffcr_compile.calibration import learner, train
 from hand import hand_costs
-from models import Shape, TinyDiT, relative_error, routed, same_snapshot, snapshot, tiny_inputs
-from torch import Tensor
+from models import Shape, TinyDiT, original, relative_error, routed, same_snapshot, snapshot, tiny_inputs
+from torch import Tensor, nn
 
 import diffcr_compile
 from diffcr_compile import BudgetError, CalibrationConfig, CalibrationError
@@ -405,3 +408,97 @@ def test_a_gradient_that_lay_on_the_masters_does_nothing(model: TinyDiT) -> None
         learnable.ratios.grad = torch.full_like(learnable.ratios, 1e3) * torch.tensor([1.0, -1.0])
     found = diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=QUICK)
     assert [entry["loss"] for entry in found.history] == [entry["loss"] for entry in expected.history]
+
+
+@pytest.mark.parametrize("outcome", ["done", "failed", "interrupted"])
+def test_masters_and_their_gradient_are_the_users(model: TinyDiT, outcome: str) -> None:
+    """Between bins, as a trainer of one's own leaves them; after an error with what had been learned."""
+    with diffcr_compile.learning(model) as learnable:
+        with torch.no_grad():
+            learnable.ratios.fill_(0.03)
+        learnable.ratios.grad = torch.ones_like(learnable.ratios)
+    calls = 0
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5 and outcome == "interrupted":
+            raise KeyboardInterrupt
+        return mean_square(model, batch) * (float("nan") if calls == 5 and outcome == "failed" else 1.0)
+
+    expected = {"failed": CalibrationError, "interrupted": KeyboardInterrupt}.get(outcome)
+    with pytest.raises(expected) if expected else contextlib.nullcontext():
+        diffcr_compile.calibrate(model, BATCHES, budget=0.6, loss=loss, config=QUICK)
+    with diffcr_compile.learning(model) as learnable:
+        assert bool((learnable.ratios.grad == 1).all())
+        assert bool((learnable.ratios == 0.03).all()) == (outcome != "done")
+    assert bool((diffcr_compile.ratios(model) == 0).all()) == (outcome != "done")
+
+
+def test_a_gradient_of_the_ratios_that_is_no_number_stops_it(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where those of weights and routers are."""
+    backward = learner.Learner._backward
+
+    def spoilt(self: Any) -> float:
+        value = backward(self)
+        self.ratios.masters.grad[0, 0] = torch.nan
+        return value
+
+    monkeypatch.setattr(learner.Learner, "_backward", spoilt)
+    with pytest.raises(CalibrationError, match="gradient norm nan at step 0"):
+        diffcr_compile.calibrate(model, BATCHES, budget=0.6, config=QUICK)
+    assert not diffcr_compile.ratios(model).any()
+
+
+def test_a_model_that_writes_into_its_inputs_leaves_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halving(TinyDiT):
+        def forward(self, x: Tensor, **inputs: Any) -> Tensor:  # type: ignore[override]
+            return super().forward(x.mul_(0.5), **inputs)
+
+    model, batches = original(SHAPE), copy.deepcopy(BATCHES)
+    model.__class__ = Halving
+    diffcr_compile.transform(model, example_inputs=copy.deepcopy(BATCHES[0]))
+    report = diffcr_compile.calibrate(model, batches, budget=0.6, config=QUICK)
+    assert all(torch.equal(batch["x"], given["x"]) for batch, given in zip(batches, BATCHES, strict=True))
+    assert report.uniform[1.0] == 0, "dense, it is its own teacher"
+
+
+def test_recorded_samplings_are_measured_at_all_their_timesteps() -> None:
+    """Of 24 samplings of four steps every fourth batch is a first step."""
+    model = routed(SHAPE)
+    steps = (950.0, 700.0, 400.0, 100.0)
+    batches = [
+        tiny_inputs(SHAPE, batch=1, num_tokens=20, seed=seed, timestep=step) for seed in range(24) for step in steps
+    ]
+    seen: list[float] = []
+    free = CalibrationConfig(preset="training-free", warm_start=False)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(float(inputs["timestep"].max())), with_kwargs=True
+    )
+    diffcr_compile.calibrate(model, batches, budget=0.6, config=free)
+    hook.remove()
+    measured = Counter(seen[: learner.MEASURED_BATCHES])
+    assert set(measured) == set(steps)
+    assert min(measured.values()) >= 4
+
+
+def test_a_spoilt_batch_is_named_before_routers_are_fitted(model: TinyDiT) -> None:
+    batches = [tiny_inputs(SHAPE, batch=1, num_tokens=8, seed=seed, timestep=500.0) for seed in range(48)]
+    batches[11]["x"][0, 0, 0] = torch.nan
+    free = CalibrationConfig(preset="training-free")
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match="dense outputs of batch 11 are not finite"):
+        diffcr_compile.calibrate(model, batches, budget=0.6, config=free)
+    assert same_snapshot(snapshot(model), before)
+
+
+def test_batches_of_one_step_may_leave_the_loss_alone_where_others_do_not() -> None:
+    """At a fixed table, with all that learns inside blocks that one timestep region leaves out."""
+    model = routed(SHAPE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("blocks."))
+    diffcr_compile.set_ratios(model, torch.tensor([[1.0] * SHAPE.depth] * 2 + [[0.0] * SHAPE.depth] * 2))
+    batches = [tiny_inputs(SHAPE, num_tokens=20, timestep=step) for step in (100.0, 900.0)]
+    config = CalibrationConfig(settle=1.0, steps=2, accumulation=4)
+    report = diffcr_compile.calibrate(model, batches, budget=0.9, config=config)
+    assert len(report.history) == 2

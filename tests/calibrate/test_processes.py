@@ -71,10 +71,26 @@ def sharded(model: TinyDiT) -> TinyDiT:
     return fully_shard(model, mesh=mesh)
 
 
+def prepared(model: TinyDiT) -> nn.Module:
+    """As in a script of the user's under ``accelerate launch``."""
+    from accelerate import Accelerator
+
+    number = str(distributed.get_rank())
+    os.environ |= {
+        "RANK": number,
+        "LOCAL_RANK": number,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
+    return Accelerator(cpu=True).prepare(model)
+
+
 WAYS: dict[str, tuple[str, Callable[[TinyDiT], nn.Module]]] = {
     "plain": ("all", lambda model: model),
     "routers": ("routers", lambda model: model),
     "wrapped": ("all", nn.parallel.DistributedDataParallel),
+    "prepared": ("all", prepared),
     "sharded": ("all", sharded),
     "lora": ("lora", lambda model: model),
 }
@@ -164,7 +180,7 @@ def choose_without_training(way: str, number: int, folder: Path) -> dict[str, An
 
 def spoil_one(way: str, number: int, folder: Path) -> dict[str, Any]:
     """The last batch, of the second process alone, holds what is no number. ``way``: where it is met first."""
-    model, how = routed(SHAPE), config("all")
+    model, how = routed(SHAPE), replace(config("all"), warm_start=False)
     if way == "measuring":
         how = CalibrationConfig(preset="training-free")
     half = batches(spoilt=True)[number::2]
@@ -186,6 +202,24 @@ def learn_unevenly(way: str, number: int, folder: Path) -> dict[str, Any]:
     return outcome(model, report)
 
 
+def choose_unevenly(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """Without training, from more batches in the first process; parts of the model are shared."""
+    model = WAYS[way][1](routed(SHAPE))
+    free = CalibrationConfig(preset="training-free")
+    report = diffcr_compile.calibrate(model, batches()[: 3 - number], budget=BUDGET, config=free)
+    return outcome(model, report)
+
+
+def go_on_unevenly(way: str, number: int, folder: Path) -> dict[str, Any]:
+    """A finished one is called again, with more batches in the first process."""
+    some, kept = batches()[: 3 - number], folder / f"unevenly-{way}"
+    found = [
+        outcome(model, diffcr_compile.calibrate(model, some, budget=BUDGET, config=config(way), checkpoint=kept))
+        for model in (routed(SHAPE), routed(SHAPE))
+    ]
+    return {"first": found[0], "again": found[1]}
+
+
 def skip_whole_blocks(way: str, number: int, folder: Path) -> dict[str, Any]:
     """At a fixed table by which each process leaves out a block that the other runs."""
     model = WAYS[way][1](routed(SHAPE))
@@ -204,6 +238,8 @@ RUNS: dict[str, tuple[Work, str]] = {
     "lora, stopped": (stop_and_go_on, "lora"),
     "noise, stopped": (draw_noise, "routers"),
     "sharded, unevenly": (learn_unevenly, "sharded"),
+    "sharded, training-free, unevenly": (choose_unevenly, "sharded"),
+    "routers, again unevenly": (go_on_unevenly, "routers"),
     "plain, whole blocks": (skip_whole_blocks, "plain"),
     "sharded, whole blocks": (skip_whole_blocks, "sharded"),
     "spoilt, learning": (spoil_one, "learning"),
@@ -282,7 +318,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict
 
 
 Found = Callable[[str], list[dict[str, Any]]]
-ALONE = {"plain": "plain", "wrapped": "plain", "sharded": "plain", "lora": "lora", "routers": "routers"}
+ALONE = {
+    "plain": "plain",
+    "wrapped": "plain",
+    "prepared": "plain",
+    "sharded": "plain",
+    "lora": "lora",
+    "routers": "routers",
+}
 
 
 @pytest.mark.slow
@@ -323,12 +366,18 @@ def test_stopped_they_go_on_to_the_same_end(found: Found, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["training-free", "training-free, reuse"])
+@pytest.mark.parametrize("name", ["training-free", "training-free, reuse", "sharded, training-free, unevenly"])
 def test_without_training_all_choose_one_table(found: Found, name: str) -> None:
     first, second = found(name)
     assert first == second
     assert first["share"] <= BUDGET
     assert torch.tensor(first["table"]).any()
+
+
+@pytest.mark.slow
+def test_with_unequal_counts_of_batches_it_goes_on_too(found: Found) -> None:
+    first, second = found("routers, again unevenly")
+    assert first["first"] == first["again"] == second["again"] == second["first"]
 
 
 @pytest.mark.slow
@@ -338,9 +387,7 @@ def test_each_process_goes_on_with_its_own_noise(found: Found) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "said"), [("learning", "the loss is nan"), ("measuring", "outputs of forward 1 are")]
-)
+@pytest.mark.parametrize(("place", "said"), [("learning", "the loss is nan"), ("measuring", "outputs of batch 1 are")])
 def test_what_is_no_number_in_one_process_stops_all(found: Found, place: str, said: str) -> None:
     first, second = found(f"spoilt, {place}")
     assert said in first["error"]

@@ -70,6 +70,19 @@ def test_one_region_follows_its_own_gradient() -> None:
     assert torch.allclose(noisy(signal, 0.0, 200, one_region=False), signal, rtol=1e-3)
 
 
+def test_without_shrinking_each_region_follows_its_own_gradient() -> None:
+    """However noisy: what the mean of the regions would hide."""
+    signal = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.5]])
+    masters = torch.full_like(signal, 0.5).requires_grad_()
+    ratios = BudgetedRatios(masters, hand_costs(2), 0.02, shrink=False)
+    for step in range(12):
+        gradient = torch.zeros_like(signal)
+        gradient[step % 3] = signal[step % 3]  # one region a step
+        masters.grad = gradient
+        ratios.step(0.5)
+    assert torch.allclose(ratios.gradient(), signal, rtol=1e-5)
+
+
 def test_a_step_without_gradients_only_follows_the_budget() -> None:
     masters = torch.zeros(2, 2, requires_grad=True)
     BudgetedRatios(masters, hand_costs(2), 0.02).step(0.8)

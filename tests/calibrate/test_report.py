@@ -165,6 +165,19 @@ def test_the_cost_over_a_samplers_steps_is_the_mean_of_its_regions(full: Calibra
         full.sampler_share([1200.0])
 
 
+def test_with_reuse_a_sampling_begins_densely(full: CalibrationReport) -> None:
+    reused = replace(full, starts_dense=True)
+    assert reused.sampler_share([999.0, 750.0, 500.0, 499.9]) == pytest.approx((1000 + 2 * 394 + 800) / 4 / 1000)
+    kept = 1 - full.table.mean(dim=1)
+    assert full.sampler_tokens([999.0, 499.0]) == pytest.approx(float(kept[1] + kept[0]) / 2)
+    assert reused.sampler_tokens([999.0, 499.0]) == pytest.approx((1 + float(kept[0])) / 2)
+    assert CalibrationReport.from_dict(reused.to_dict()).starts_dense
+    older = {name: value for name, value in full.to_dict().items() if name != "starts_dense"}
+    assert not CalibrationReport.from_dict(older).starts_dense
+    with pytest.raises(ValueError, match="truth value for starts_dense"):
+        CalibrationReport.from_dict({**full.to_dict(), "starts_dense": 1})
+
+
 def test_without_a_timestep_input_every_step_costs_the_same(report: CalibrationReport) -> None:
     one = replace(report, table=report.table[:1], region_flops=(800,))
     assert one.sampler_share([3.0, 1e9]) == 0.8
@@ -262,9 +275,23 @@ def test_save_writes_the_report_of_the_calibration(tmp_path: Path) -> None:
     found = CalibrationReport.load(tmp_path / "after")
     assert same(found, report)
     assert list(found.tables) == [0.8, 0.6]
+    assert "as well for budget 60.0%: set_ratios(model, report.tables[0.6])" in str(found)
     # regions of equal width, one step in each: the mean of the rows
     assert found.sampler_share([100.0, 300.0, 600.0, 900.0]) == pytest.approx(found.share)
     found.plot()
+
+
+def test_with_reuse_the_share_is_that_of_a_sampling() -> None:
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model, steps = original(shape), (950.0, 700.0, 400.0, 100.0)
+    config = diffcr_compile.DiffCRConfig(skip="reuse")
+    batches = [tiny_inputs(shape, num_tokens=40, timestep=step) for step in steps]
+    diffcr_compile.transform(model, config, example_inputs=batches[0])
+    free = CalibrationConfig(preset="training-free", steps=0)
+    report = diffcr_compile.calibrate(model, batches, budget=0.6, config=free)
+    counted = [reference_flops(functools.partial(model, **batch)) for batch in batches]
+    assert counted[0] > max(counted[1:])
+    assert report.sampler_share(steps) == pytest.approx(sum(counted) / 4 / counted[0], rel=1e-3)
 
 
 def test_sampler_share_is_that_of_the_forwards(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from diffcr_compile.calibration.sensitivity import measure_suffering
-from models import Shape, original, tiny_inputs, written_in_place
+from models import Shape, original, sinusoids, tiny_inputs, written_in_place
 from torch import Tensor, nn
 
 import diffcr_compile
@@ -63,9 +64,20 @@ def test_what_does_not_change_costs_reuse_nothing() -> None:
 
 
 def test_identity_leaves_out_the_lowest_scores_first() -> None:
-    """At ratio one all of every update is left out: the whole mean square of it, as a share of the stream's."""
-    suffering = measure("identity")
-    assert float((suffering[..., 5] / suffering[..., 10]).max()) < 1
+    """With keys and values from all tokens a ratio costs the updates of those that score least."""
+    suffering = measure("identity", steps=(400.0,), context="all")[0]
+    model, inputs = original(PLAIN), tiny_inputs(PLAIN, timestep=400.0)
+    config = diffcr_compile.DiffCRConfig(context="all", num_regions=2)
+    routed = diffcr_compile.transform(copy.deepcopy(model), config, example_inputs=inputs)
+    cond, x = model.time(sinusoids(inputs["timestep"], PLAIN.width)), model.embed(inputs["x"] * 1.4)
+    for place, block in enumerate(model.blocks):
+        result = block(x, cond, None, None)
+        update, scores = result - x, x @ routed.blocks[place].diffcr_router.weight
+        lowest = scores.argsort(dim=1)[:, : x.shape[1] // 2]
+        left_out = update.square().mean(-1).gather(1, lowest).sum(dim=1) / x.shape[1]
+        scale = x.square().mean() + result.square().mean()
+        assert float(suffering[place, 5]) == pytest.approx(float((left_out / scale).mean()), rel=1e-3)
+        x = result
 
 
 def test_bypass_is_measured_as_it_runs() -> None:
@@ -97,6 +109,6 @@ def test_what_is_no_number_is_said(skip: str, value: float) -> None:
     batches = [tiny_inputs(PLAIN, timestep=step) for step in (900.0, 600.0, 300.0)]
     batches[1]["x"][0, 0, 0] = value
     free = diffcr_compile.CalibrationConfig(preset="training-free")
-    with pytest.raises(diffcr_compile.CalibrationError, match="dense outputs of forward 1 are not finite"):
+    with pytest.raises(diffcr_compile.CalibrationError, match="dense outputs of batch 1 are not finite"):
         diffcr_compile.calibrate(model, batches, budget=0.7, config=free)
     assert not diffcr_compile.ratios(model).any()

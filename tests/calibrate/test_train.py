@@ -325,6 +325,27 @@ def test_the_papers_way_at_few_steps() -> None:
     assert 1 - float(report.table.mean()) == pytest.approx(report.share, abs=0.01)
 
 
+@pytest.mark.parametrize("gate", ["exact", "sigmoid"])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_half_of_the_papers_way_is_said(gate: str, own_loss: bool) -> None:
+    model = diffcr_compile.transform(
+        original(SHAPE),
+        diffcr_compile.DiffCRConfig(gate=gate),  # type: ignore[arg-type]
+        example_inputs=BATCHES[0],
+    )
+    loss = (lambda one, batch: one(**batch).square().mean()) if own_loss else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = CalibrationConfig(preset="paper", steps=2, trainable="routers")
+        diffcr_compile.calibrate(model, BATCHES, budget=0.7, loss=loss, config=config)
+    said = [warning for warning in caught if "preset 'paper' without" in str(warning.message)]
+    assert len(said) == (not own_loss or gate == "exact")
+    for warning in said:
+        assert warning.filename == __file__, "where the user called"
+        assert ("as loss=" in str(warning.message)) == (not own_loss)
+        assert ('gate="sigmoid"' in str(warning.message)) == (gate == "exact")
+
+
 def test_an_error_inside_a_batch_of_several_regions_spoils_no_later_forward(model: TinyDiT) -> None:
     steps = torch.tensor([20.0, 950.0, 20.0])
 

@@ -143,6 +143,7 @@ def test_what_is_given_as_none_is_read_as_a_value(config: DiffCRConfig | Calibra
         (CalibrationConfig, {"seed": 2**63}, "seed must be an integer from 0 to 4294967295"),
         (CalibrationConfig, {"seed": -1}, "seed must be an integer from 0"),
         (CalibrationConfig, {"warm_start": "no"}, "warm_start must be True or False, found 'no'"),
+        (CalibrationConfig, {"shrink": 1}, "shrink must be True or False, found 1"),
         (CalibrationConfig, {"ramp": "long"}, "ramp must lie in \\[0, 1\\], found 'long'"),
         (CalibrationConfig, {"settle": float("nan")}, "settle must lie in"),
         *(
