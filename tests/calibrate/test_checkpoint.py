@@ -357,7 +357,7 @@ def test_other_settings_are_refused_by_name(copied: Path, options: dict[str, Any
 
 def test_a_table_that_it_did_not_begin_with_is_refused(tmp_path: Path) -> None:
     """The budget's schedule begins at its cost, and with settle=1 it is all there is."""
-    settled: dict[str, Any] = {"budget": 0.9, "config": {"settle": 1.0, "steps": 4}}
+    settled: dict[str, Any] = {"budget": 0.9, "config": {"settle": 1.0, "ramp": 0.0, "steps": 4}}
     for begun, options in ((0.5, settled), (0.2, {})):
         folder = tmp_path / f"from-{begun}"
         model = fresh()
