@@ -94,8 +94,7 @@ def as_markdown(record: dict[str, Any], picture: str) -> str:
     lines = [
         "# Quality at equal FLOPs",
         "",
-        f"{', again by '.join(f'`{command}`' for command in record['commands'])}, torch {record['torch']}, CPU, float32, "
-        f"{Settings(**record['settings'])}. "
+        f"By the commands at the end, torch {record['torch']}, CPU, float32, {Settings(**record['settings'])}. "
         "Share: FLOPs of the sampling over the dense one's. Time: of a sampling of a batch over the dense one's, blocks "
         "compiled, in turn. Moved: mean squared distance from the dense samples, equal noise. Fréchet: to held-out real "
         "pictures, comparable within this page. Accuracy: the asked class, by a classifier. Error inside: of inpainting, mean "
@@ -112,7 +111,7 @@ def as_markdown(record: dict[str, Any], picture: str) -> str:
         for method, group in by_method(cells, budget).items():
             columns = [_spread([cell.get(name) for cell in group], form) for name, form in shown.values()]
             lines.append(f"| {method} | {len(group)} | " + " | ".join(columns) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "## Commands", "", "```", *record["commands"], "```"]) + "\n"
 
 
 def _spread(values: list[float | None], form: str) -> str:
