@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import BudgetKind
 from ..cost import UNITS
 from ..errors import ArtefactError, UnsupportedError
+from ..files import write_files
 from ..plan import TimestepPlan
 from ..region import region_of
 from .appraise import TokenMap
@@ -98,9 +99,10 @@ class CalibrationReport:
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.diagnostics)])
 
     def sampler_share(self, timesteps: Iterable[float]) -> float:
-        """Mean share of the dense FLOPs over a sampler's timesteps (``scheduler.timesteps``, in its order): a table is indexed by
-        training timestep, and every sampler weighs its rows anew; with reuse its first step is dense. Raises ValueError outside the
-        range of training, and where there are none."""
+        """Mean share of the dense FLOPs over a sampler's timesteps, in its order: a table is indexed by training timestep, and
+        every sampler weighs its rows anew; with reuse its first step is dense. timesteps: as the model is given them; of most
+        pipelines ``scheduler.timesteps``, which some divide by 1000. Raises ValueError outside the range of training, and where
+        there are none."""
         return self._over_steps([flops / self.dense_flops for flops in self.region_flops], timesteps)
 
     def sampler_tokens(self, timesteps: Iterable[float]) -> float:
@@ -150,12 +152,15 @@ class CalibrationReport:
         return figure
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``report.json`` and ``report.png`` into a folder, which is made where there is none. Without matplotlib the first
-        alone, and UnsupportedError is raised."""
+        """Write ``report.json`` and ``report.png`` into a folder, which is made where there is none; each whole or not at all.
+        Without matplotlib the first alone, and UnsupportedError is raised."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / _JSON).write_text(json.dumps(self.to_dict(), indent=1))
-        self.plot(target / _PICTURE)
+        written = {target / _JSON: json.dumps(self.to_dict(), indent=1).encode()}
+        try:
+            written[target / _PICTURE] = self._picture(dpi=130)
+        finally:
+            write_files(written)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
@@ -236,8 +241,12 @@ class CalibrationReport:
 
     def _repr_png_(self) -> bytes:
         """The plot, for notebooks."""
+        return self._picture(dpi=110)
+
+    def _picture(self, dpi: int) -> bytes:
+        """The plot as a PNG file."""
         picture = io.BytesIO()
-        self.plot().savefig(picture, dpi=110, format="png")
+        self.plot().savefig(picture, dpi=dpi, format="png")
         return picture.getvalue()
 
     def _repr_html_(self) -> str:

@@ -2,8 +2,9 @@
 
 Errors of one step are the next one's inputs, so what a table does on recorded inputs says little of where its samples end.
 Samplers are linear: the next latents are a sum of these, of what the denoiser answered and, in multistep ones, of the same one step
-earlier, with numbers that least squares finds. A deviation then goes on by the same sum, whatever else the sampler adds (noise, the
-original of an inpainting), since that is the same in both.
+earlier, with numbers that least squares finds. A deviation then goes on by the same sum, whatever else the sampler adds (noise),
+since that is the same in both. Where it puts the original of an inpainting in place, deviations end there, which the sum does not
+know: of latents that are mostly given, errors come out too large.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def _as_before(model: nn.Module, state: ModelRouting, weights: list[Tensor]) -> 
                 local(tensor).copy_(value)
             write_table(state, rows)
             masters.copy_(values)  # which may lie between bins
-        state.synced = masters._version
+        state.note_masters()
         state.degree, state.trained, state.report = degree, trained, report
         raise
     finally:

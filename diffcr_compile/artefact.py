@@ -31,9 +31,10 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from .arguments import is_record, record_fields
+from .calibration.report import TYPE as REPORT_TYPE
 from .config import DiffCRConfig
 from .errors import AlreadyTransformedError, ArtefactError
-from .files import record_checksum, write_files
+from .files import holds_type, record_checksum, write_files
 from .fingerprint import fingerprint
 from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE
@@ -64,7 +65,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = unwrap(model)
     state = settle(model)
     target = Path(path).resolve()
-    if target.exists() and not (target.is_dir() and _is_ours(target)):
+    if target.exists() and not (target.is_dir() and is_ours(target)):
         raise ArtefactError(f"{target} exists and is no saved routing; expected a new path, or one written by save.")
     weights = {block.fqn: whole(router_weight(model.get_submodule(block.fqn)).detach()) for block in state.blocks}
     if is_sharded(model) and torch.distributed.get_rank() != 0:
@@ -91,7 +92,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with _alone(target):
         write_files(contents)
         os.replace(incoming, target / _TENSORS)
-        if not made_here:
+        if not made_here and holds_type(target / _REPORT, REPORT_TYPE):
             (target / _REPORT).unlink(missing_ok=True)
 
 
@@ -155,11 +156,9 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _is_ours(target: Path) -> bool:
-    """Whether a folder is a saved routing, or empty but for what a save that was killed has left."""
-    names = [entry.name for entry in target.iterdir()]
-    left = [name for name in names if name.startswith(".") and any(own in name for own in (_JSON, _TENSORS, _REPORT))]
-    return (target / _JSON).is_file() or len(left) == len(names)
+def is_ours(target: Path) -> bool:
+    """Whether a folder is a saved routing, or empty but for hidden files, such as a save that was killed has left."""
+    return holds_type(target / _JSON, TYPE) or all(entry.name.startswith(".") for entry in target.iterdir())
 
 
 def _incoming(folder: Path, digest: Any) -> Path:

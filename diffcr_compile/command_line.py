@@ -15,17 +15,20 @@ import statistics
 import sys
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
 from . import CalibrationConfig, CalibrationReport, DiffCRConfig, calibrate, cost, explain, lower, save, set_ratios
 from .arguments import map_leaves
+from .artefact import is_ours
 from .dry_run import shadow
 from .errors import ArtefactError, CaptureError, DiffCRError
 from .example_inputs import example_inputs
@@ -70,7 +73,7 @@ class _Command(click.Command):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
             if verbose:
                 traceback.print_exc(file=sys.stderr)
             kind = "" if isinstance(error, DiffCRError) else f"{type(error).__name__}: "
@@ -236,8 +239,19 @@ def calibrate_command(
         raise click.UsageError(
             f"--checkpoint {checkpoint} lies in --output {output}, which a calibration writes as a whole: give a folder beside it."
         )
+    if checkpoint is not None and output.resolve().is_relative_to(checkpoint.resolve()):
+        raise click.UsageError(
+            f"--output {output} lies in --checkpoint {checkpoint}, which holds checkpoints alone: give a folder beside it."
+        )
     if not has_weights(model):
         raise DiffCRError(f"{model} holds no weights (*.safetensors), and calibrating random ones is of no use.")
+    weights = (output / "model").resolve()  # where a link of that name leads
+    for name, path in (("MODEL", model), ("--batches", batches), ("--config", config)):
+        if path is not None and weights in path.resolve().parents:
+            raise click.UsageError(
+                f"{name} {path} lies in {weights}, which is written anew: give a path outside, or another --output."
+            )
+    learns = chosen.preset != "training-free" and chosen.trainable != "routers"
     with _output(output):
         denoiser = build_model(model, device, weights=True)
         files = sorted(batches.glob("*.safetensors")) if batches.is_dir() else [batches]
@@ -253,12 +267,10 @@ def calibrate_command(
             if checkpoint is not None and checkpoint.is_dir() and any(checkpoint.iterdir()):
                 _say(f"The same command goes on from {checkpoint}.")
             raise
-        weights = output / "model"
-        if weights.exists() and not weights.samefile(model):
-            shutil.rmtree(weights)  # before save: beside another routing than their own they would pass for its weights
-        save(denoiser, output)
-        if chosen.preset != "training-free" and chosen.trainable != "routers":
-            denoiser.save_pretrained(weights)
+        with _replaced(weights, keeps=not learns and weights.exists() and weights.samefile(model)) as fresh:
+            if learns:
+                denoiser.save_pretrained(fresh)
+            save(denoiser, output)
         report.save(output)
     _say(f"written to {output}")
     _print(report.to_dict() if as_json else str(report))
@@ -331,7 +343,7 @@ def report_command(folder: Path, output: Path | None, as_json: bool) -> None:
 def _output(folder: Path) -> Iterator[None]:
     """Where a calibration will be written, gone again if it made the folder and nothing came. Raises ArtefactError where there is
     something else, or nothing can be written."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "routing.json").is_file():
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         raise ArtefactError(
             f"{folder} is not empty and holds no routing; expected a new folder, or one of a calibration."
         )
@@ -342,6 +354,24 @@ def _output(folder: Path) -> Iterator[None]:
     finally:
         if new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path, *, keeps: bool) -> Iterator[Path]:
+    """Where to write a folder's new contents, if any; afterwards the old ones are gone, unless it ``keeps`` them: beside another
+    routing than their own, weights would pass for its. After an error they are as before."""
+    fresh, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        yield fresh
+        if folder.exists() and not keeps:
+            folder.rename(old)
+        if fresh.exists():
+            fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _calibration_config(fields: dict[str, Any], file: Path | None) -> CalibrationConfig:

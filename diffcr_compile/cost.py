@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from .memory import allocate
 from .observe import watch_calls
 from .ratios import BIN, SCALE, capacity
 from .routed import BlockRouting, ModelRouting, forward_at, prepare_context, routing_of, settle
+from .settings import settings_of
 from .sharding import is_sharded
 from .unwrap import unwrap
 
@@ -238,17 +240,24 @@ def _measure(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> CostMod
                 "every routed block runs, or leave it out by filter_fn at transform."
             )
         known: dict[Any, BlockCost] = {}
+        alike: dict[Any, tuple[int, int]] = {}
         blocks = []
         for block, module in zip(state.blocks, modules, strict=True):
-            key = (next(iter(block.programs)), type(module), block_shapes(module, calls[block.fqn]))
+            seen = calls[block.fqn]
+            kind = (next(iter(block.programs)), type(module), block_shapes(module, seen))
+            told = (kind, tuple((type(part), settings_of(part, wrappers=False)) for part in module.modules()))
+            if told not in alike:  # by a number in its settings, which may be its place in the stack, or what it costs
+                alike[told] = (_count(block, module, seen, 0), _count(block, module, seen, SCALE // 2))
+            key = (kind, alike[told])
             if key not in known:
-                known[key] = _measure_block(block, module, calls[block.fqn])
+                known[key] = _measure_block(block, module, seen)
             blocks.append(known[key])
     return CostModel(counter.get_total_flops(), tuple(blocks))
 
 
 def block_shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:
-    """Shapes of a block's parameters and of what it is called with: blocks of one family that agree in them cost the same."""
+    """Shapes of a block's parameters and of what it is called with: blocks of one family that agree in them, and in the FLOPs of
+    one call, cost the same."""
     parameters = tuple(tuple(parameter.shape) for parameter in module.parameters())
     leaves = tuple(tuple(leaf.shape) for _, leaf in iterate_leaves(list(calls)) if isinstance(leaf, Tensor))
     return parameters, leaves
@@ -257,22 +266,22 @@ def block_shapes(module: nn.Module, calls: list[tuple[Any, Any]]) -> Any:
 def _measure_block(block: BlockRouting, module: nn.Module, calls: list[tuple[Any, Any]]) -> BlockCost:
     """Sum over the block's calls in one forward."""
     num_tokens = _num_tokens(block, calls[0])
-    for args, kwargs in calls:
-        prepare_context(
-            module, block, args, kwargs
-        )  # before counting: an export's operations are counted like any others
-
-    def flops(ratio: int) -> int:
-        with count_flops() as counter:
-            for args, kwargs in calls:
-                forward_at(module, ratio, args, kwargs)
-        return counter.get_total_flops()
-
+    flops = functools.partial(_count, block, module, calls)
     ks = [capacity(num_tokens, ratio) for ratio in _SAMPLED_RATIOS]
     powers = np.array([[1.0, k, k * k] for k in ks])
     found = np.array([float(flops(ratio)) for ratio in _SAMPLED_RATIOS])
     a, b, c = np.linalg.lstsq(powers, found, rcond=None)[0].tolist()
     return BlockCost(num_tokens, flops(0), flops(SCALE), (a, b, c), _memory(block, calls[0]))
+
+
+def _count(block: BlockRouting, module: nn.Module, calls: list[tuple[Any, Any]], ratio: int) -> int:
+    """FLOPs of the block's calls in one forward at a ratio."""
+    for args, kwargs in calls:
+        prepare_context(module, block, args, kwargs)  # not counted: an export's operations are counted like any others
+    with count_flops() as counter:
+        for args, kwargs in calls:
+            forward_at(module, ratio, args, kwargs)
+    return counter.get_total_flops()
 
 
 def _memory(block: BlockRouting, call: tuple[Any, Any]) -> int:

@@ -36,6 +36,17 @@ def write_files(contents: dict[Path, bytes]) -> None:
             written.unlink(missing_ok=True)
 
 
+def holds_type(file: Path, kind: str) -> bool:
+    """Whether a file holds a JSON object of this ``type``, or what may have been one before it was damaged."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return isinstance(found, dict) and found.get("type") == kind
+
+
 def record_checksum(record: dict[str, Any]) -> str:
     """SHA-256 of a record without its checksum."""
     text = json.dumps({key: value for key, value in record.items() if key != "checksum"}, sort_keys=True)

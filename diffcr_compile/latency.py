@@ -85,7 +85,8 @@ def _measure(
     with _compiled_by_block(model, state):
         for block, flops in tqdm(list(zip(state.blocks, costs.blocks, strict=True)), desc="latency", leave=False):
             module = model.get_submodule(block.fqn)
-            key = (tuple(id(program) for program in block.programs.values()), block_shapes(module, calls[block.fqn]))
+            programs = tuple(id(program) for program in block.programs.values())
+            key = (programs, block_shapes(module, calls[block.fqn]), *map(flops.at, range(0, SCALE + 1, BIN)))
             if key not in known:
                 known[key] = _time_block(module, state, block.index, calls[block.fqn], rounds)
             blocks.append(BlockTime(flops.num_tokens, known[key]))

@@ -69,7 +69,7 @@ def learnables(model: nn.Module, state: ModelRouting) -> Learnable:
     if state.masters is None:
         with torch.inference_mode(False):
             state.masters = read_table(state).requires_grad_()
-        state.synced = state.masters._version
+        state.note_masters()
     routers = tuple(router_weight(model.get_submodule(block.fqn)) for block in state.blocks)
     return Learnable(state.masters, routers)  # type: ignore[arg-type]
 

@@ -288,7 +288,13 @@ def _kind_of(value: Any) -> Any:
         return value.shape
     if value is None:
         return None
-    return tuple(leaf.shape if isinstance(leaf, Tensor) else setting(leaf) for _, leaf in iterate_leaves(value))
+    return tuple(_kind_of_leaf(leaf) for _, leaf in iterate_leaves(value))
+
+
+def _kind_of_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape
+    return float if type(leaf) is float else setting(leaf)  # one that changes from call to call soon is said to
 
 
 def _surroundings(model: nn.Module) -> tuple[Any, ...]:

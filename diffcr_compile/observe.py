@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import Path, bind_arguments, map_leaves, positional_names
 from .eager import force_eager
+from .errors import UnsupportedError
 from .recording import Recording
 from .region import region_of, timestep_value
 from .routed import BlockRouting, ModelRouting, routing_of, settle
@@ -109,7 +110,7 @@ class _Choice:
         timestep = state.plan.timestep
         try:
             return region_of(timestep_value(bound, timestep, self.model), timestep, state.num_regions)[0]
-        except ValueError:
+        except (ValueError, UnsupportedError):
             return -1
 
 

@@ -81,9 +81,11 @@ def write_batch(file: Path, batch: Batch) -> None:
     not Python's own.
     """
     leaves, spec = pytree.tree_flatten(batch)
-    others = {str(place): leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     try:
-        structure, values = pytree.treespec_dumps(spec), json.dumps(others, default=_to_json)
+        others = {str(place): _to_json(leaf) for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        structure, values = pytree.treespec_dumps(spec), json.dumps(others)
+        if pytree.treespec_loads(structure) != spec:
+            raise TypeError("its dictionaries have keys that JSON has no words for")
         header = {"structure": structure, "others": values, "leaves": str(len(leaves))}
         tensors = {str(place): leaf.contiguous() for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         save_file(tensors or {"none": torch.zeros(0, dtype=torch.float32, device="cpu")}, file, metadata=header)
@@ -114,11 +116,13 @@ def read_batch(file: Path) -> Batch:
         raise ArtefactError(f"{file} holds no recorded batch: {type(error).__name__}: {error}.") from error
 
 
-def _to_json(value: Any) -> dict[str, str]:
-    """What JSON has no word for, under the name of its type; no leaf is a dictionary."""
-    for kind in (torch.dtype, torch.device):
-        if isinstance(value, kind):
-            return {kind.__name__: str(value)}
+def _to_json(value: Any) -> Any:
+    """A leaf as JSON gives it back; what JSON has no word for under the name of its type. What is of a type derived
+    from one that JSON knows would come back as that."""
+    if type(value) in (torch.dtype, torch.device):
+        return {type(value).__name__: str(value)}
+    if type(value) in (type(None), bool, int, float, str):
+        return value
     raise TypeError(
         f"it has an argument of type {type(value).__name__}, expected tensors, numbers, text, dtypes or devices"
     )

@@ -102,7 +102,7 @@ def region_of(values: Tensor | float, plan: TimestepPlan, num_regions: int) -> l
 def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]) -> list[int]:
     """Regions of the samples of a bound call of the root; reads no timestep where nothing depends on it.
 
-    In a graph of one's own it can't be read: the graph breaks here. Raises UnsupportedError where that is an exported one.
+    Raises UnsupportedError in an exported graph, where it can't be read.
     """
     routes = state.learning is not None or state.routes
     if state.config.guidance == "shared" and routes:
@@ -111,8 +111,6 @@ def resolve_regions(model: nn.Module, state: ModelRouting, bound: dict[str, Any]
         return [0]
     if torch.compiler.is_exporting() and in_a_graph():
         raise UnsupportedError(_IN_A_GRAPH)
-    if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.graph_break(msg=_IN_A_GRAPH)
     return regions_of_call(model, state, bound)
 
 
@@ -228,6 +226,19 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if not in_a_graph():
         state.sync_with_masters()
         state.current.call = (weakref.ref(model), args, kwargs)
+    return _begin_outside(model, state, args, kwargs) if _breaks(state) else _begin(model, state, args, kwargs)
+
+
+def _breaks(state: ModelRouting) -> bool:
+    """Whether a graph that is being compiled ends here: which region it is, the graph can't say, nor put samples together."""
+    compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return compiles and state.config.skip != "reuse" and (state.learning is not None or state.needs_region)
+
+
+def _begin(
+    model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any] | None:
+    """Look up the region, and take the first part of a batch that lies in several."""
     if state.current.split is not None:  # an error ended the forward that it belongs to
         state.current.split = None
     if state.current.pinned:
@@ -261,17 +272,28 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     state = routing_of(model)
     if not isinstance(state, ModelRouting) or state.plan is None:
         return output
+    finish = _finish_outside if _breaks(state) else _finish
+    output, regions = finish(model, state, output)
+    if not in_a_graph():
+        state.current.call = None
+    if torch.is_grad_enabled() and not in_a_graph() and (state.learning or state.needs_region):
+        state.tell_backward(output, regions)
+    return output
+
+
+def _finish(model: nn.Module, state: ModelRouting, output: Any) -> tuple[Any, list[int]]:
+    """The output of the whole batch, and the regions that its samples lie in."""
     regions = [state.region()]
     if state.current.inside:
         state.current.inside = False
     if state.current.split is not None:
         (groups, args, kwargs), state.current.split = state.current.split, None
         output, regions = _run_other_groups(model, state, groups, args, kwargs, output), list(groups)
-    if not in_a_graph():
-        state.current.call = None
-    if torch.is_grad_enabled() and not in_a_graph() and (state.learning or state.needs_region):
-        state.tell_backward(output, regions)
-    return output
+    return output, regions
+
+
+_begin_outside = torch.compiler.disable(_begin, reason=_IN_A_GRAPH)
+_finish_outside = torch.compiler.disable(_finish, reason=_IN_A_GRAPH)
 
 
 def _give_up(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -301,6 +323,8 @@ def _run_other_groups(
         with pin_region(state, region):
             outputs.append(model.forward(*group_args, **group_kwargs))
     place = torch.argsort(torch.cat(list(groups.values())))
+    sizes = [len(samples) for samples in groups.values()]
+    _check_parts(model, state, outputs, sizes)
     axes = iter(state.plan.output_batch_axes)
     others = [iter([leaf for _, leaf in iterate_leaves(other)]) for other in outputs[1:]]
 
@@ -318,6 +342,23 @@ def _run_other_groups(
         return torch.cat(parts, dim=axis).index_select(axis, place.to(leaf.device))
 
     return map_leaves(join, outputs[0])
+
+
+def _check_parts(model: nn.Module, state: ModelRouting, outputs: list[Any], sizes: list[int]) -> None:
+    """Raises UnsupportedError where outputs are others than those that were seen when the model was transformed."""
+    axes = state.plan.output_batch_axes
+    for output, size in zip(outputs, sizes, strict=True):
+        tensors = [leaf for _, leaf in iterate_leaves(output) if isinstance(leaf, Tensor)]
+        found = [tuple(tensor.shape) for tensor in tensors]
+        fits = len(tensors) == len(axes) and all(
+            axis < len(shape) and shape[axis] == size for shape, axis in zip(found, axes, strict=True)
+        )
+        if not fits:
+            raise UnsupportedError(
+                f"the samples of this batch lie in different timestep regions, and {type(model).__name__} returns tensors of shape "
+                f"{found} for {size} of them: others than when it was transformed, where samples lay along axes {list(axes)}. Call "
+                "it with samples of one region at a time, or transform it with such a call."
+            )
 
 
 def _run_later_hooks(

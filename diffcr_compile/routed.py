@@ -81,15 +81,14 @@ class Current(threading.local):
     ``inside``: it began where its region is looked up, and has not ended; ``trajectory``, with reuse; ``recalled``: what each block
     remembers in this forward, where it runs in one graph of the whole model."""
 
-    region: int | None = None
-    pinned: bool = False
-    inside: bool = False
-    row: tuple[int, ...] | None = None
-    split: Any = None
-    call: tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]] | None = None
-    trajectory: Trajectory | None = None
-
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # in each thread; a graph is compiled for the fields that are there
+        self.region: int | None = None
+        self.pinned = False
+        self.inside = False
+        self.row: tuple[int, ...] | None = None
+        self.split: Any = None
+        self.call: tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]] | None = None
+        self.trajectory: Trajectory | None = None
         self.recalled: dict[int, Recalled] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
@@ -128,11 +127,16 @@ class Program:
         return map_leaves(lambda _, index: None if index is None else tensors[index], self.plan.output_template)
 
     def skip(self, values: Sequence[Any], memory: Memory | None = None) -> Any:
-        """The output of a block that is skipped whole: what came in, and what the memory foretells of the block's update."""
+        """The output of a block that is skipped whole: what came in, and what the memory foretells of the block's update. Like a
+        block's own output it is a new tensor: the caller may write into it, and still hold what came in."""
 
-        return map_leaves(
-            lambda _, index: None if index is None else self.fallback(index, values, memory), self.plan.output_template
-        )
+        def take(_: Any, index: int | None) -> Tensor | None:
+            if index is None:
+                return None
+            found = self.fallback(index, values, memory)
+            return found.clone() if any(found is value for value in values) else found
+
+        return map_leaves(take, self.plan.output_template)
 
     def fallback(self, index: int, values: Sequence[Any], memory: Memory | None = None) -> Tensor:
         """What output ``index`` is where a token, or the whole block, is skipped."""
@@ -216,7 +220,7 @@ class ModelRouting(_Whole):
 
     plan: None while the search for blocks is ``deferred``. positional: names of the parameters of the root's forward that may be
     given by position. blocks: in order of first execution, the columns of the ratio
-    table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its version when the blocks'
+    table. masters: float32 (num_regions, num_blocks) leaf that learning moves; ``synced``: its values when the blocks'
     integers were last taken from it. learning: what blocks compute while they learn; dense: every block as it was. trained: the
     routers have been learned. rehearsal: with reuse, what forwards that learn find remembered, and leave as it is.
     lowered: what ``lower`` put in place. example_inputs: a description of those it was analysed with; of a loaded model, of the
@@ -237,7 +241,7 @@ class ModelRouting(_Whole):
     current: Current = field(default_factory=Current)
     last_region: int = 0
     masters: Tensor | None = None
-    synced: int = 0
+    synced: Tensor | None = None
     deferred: Callable[..., None] | None = None
     learning: Callable[..., Any] | None = None
     dense: bool = False
@@ -267,8 +271,6 @@ class ModelRouting(_Whole):
         """A copy is in no mode that the original is in for a while: nobody would take it out of it."""
         self.sync_with_masters()
         duplicate = super().__deepcopy__(memo)
-        if duplicate.masters is not None:
-            duplicate.synced = duplicate.masters._version  # a copy counts anew
         duplicate.learning, duplicate.dense, duplicate.rehearsal, duplicate.observers = None, False, None, []
         return duplicate
 
@@ -304,7 +306,7 @@ class ModelRouting(_Whole):
         Raises CalibrationError where it has moved them to no number.
         """
         masters = self.masters
-        if masters is None or masters._version == self.synced:
+        if masters is None or (self.synced is not None and torch.equal(masters, self.synced)):
             return
         if bool(masters.isnan().any()):
             raise CalibrationError(
@@ -315,7 +317,12 @@ class ModelRouting(_Whole):
             masters.clamp_(0, 1)
         for block, column in zip(self.blocks, masters.detach().T.tolist(), strict=True):
             block.ratios = tuple(nearest_bin(value) for value in column)
-        self.synced = masters._version
+        self.note_masters()
+
+    def note_masters(self) -> None:
+        """The blocks' integers are those of the masters as they are now."""
+        assert self.masters is not None
+        self.synced = self.masters.detach().clone()
 
     def look_at(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
         """Plan the kinds of call that this call of the model makes of its blocks for the first time; returns the reason, by name,
@@ -590,7 +597,7 @@ def prepare(
     program = routing.program(bound)
     values = program.values(bound, routing.fqn)
     context = None
-    if trajectory is not None and not trajectory.first and are_in_place(routing.parts):
+    if trajectory is not None and not trajectory.first and routing.parts and are_in_place(routing.parts):
         context = routing.context(program.plan, values)
     if context is None:
         context = _write_context(module, routing, program, values)
@@ -621,7 +628,7 @@ def contexts_are_current(model: nn.Module, state: ModelRouting, row: tuple[int, 
         rewritten = any(program.plan.context != "kept" for program in block.programs.values())
         if rewritten and (ratio or any(block.ratios)):
             if trajectory is not None and not trajectory.first:
-                if not are_in_place(block.parts):
+                if not block.parts or not are_in_place(block.parts):
                     return False
                 continue
             key = context_key(model.get_submodule(block.fqn))

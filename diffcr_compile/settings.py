@@ -96,7 +96,7 @@ _HASHED = 1 << 16
 def fingerprint(tensor: Tensor) -> object:
     """Shape, dtype, and values where they are at hand."""
     kind = tuple(tensor.shape), tensor.dtype
-    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_complex():
+    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
         return kind
-    values = tensor.detach().flatten()
+    values = (torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()).flatten()
     return kind, tuple(values.tolist()) if values.numel() <= _HASHED else float(values.double().sum())

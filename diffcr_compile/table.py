@@ -88,4 +88,4 @@ def write_table(state: ModelRouting, rows: list[list[int]]) -> None:
     if state.masters is not None:
         with torch.no_grad():
             state.masters.copy_(read_table(state))
-        state.synced = state.masters._version
+        state.note_masters()

@@ -127,6 +127,27 @@ class TinyDiT(nn.Module):
         return self.head(x)
 
 
+class Looping(Stream):
+    """Its feed-forward runs ``loops`` times: a number in the settings that is no place in the stack."""
+
+    loops = 1
+
+    def finish(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        x = super().finish(x, attended, parts)
+        for _ in range(self.loops - 1):
+            x = super().finish(x, torch.zeros_like(attended), parts)
+        return x
+
+
+def looping(shape: Shape, *loops: int) -> TinyDiT:
+    """A plain model whose blocks differ in ``loops``."""
+    model = original(shape)
+    for block, number in zip(model.blocks, loops, strict=True):
+        block.stream.__class__ = Looping
+        block.stream.loops = number
+    return model
+
+
 def sinusoids(timestep: Tensor, width: int) -> Tensor:
     """Sinusoidal embedding of (B,) timesteps: float32 (B, width), width even."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 2, device=timestep.device) / (width // 2))

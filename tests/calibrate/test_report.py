@@ -158,6 +158,23 @@ def test_it_survives_json_and_the_disk(name: str, request: pytest.FixtureRequest
     assert sorted(path.name for path in (tmp_path / "made" / "here").iterdir()) == ["report.json", "report.png"]
 
 
+def test_a_report_that_can_not_be_written_leaves_the_old_one(
+    full: CalibrationReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_bytes
+
+    def cut_short(self: Path, data: bytes) -> int:
+        write(self, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", cut_short)
+    with pytest.raises(OSError, match="No space left"):
+        replace(full, seconds=1234.0).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_the_cost_over_a_samplers_steps_is_the_mean_of_its_regions(full: CalibrationReport) -> None:
     assert full.sampler_share([999.0, 750.0, 500.0, 499.9]) == pytest.approx((3 * 394 + 800) / 4 / 1000)
     assert full.sampler_share(torch.tensor([10, 20])) == pytest.approx(0.8)

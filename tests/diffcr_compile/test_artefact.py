@@ -156,6 +156,18 @@ def test_the_umask_is_honoured(model: TinyDiT, tmp_path: Path, umask: int) -> No
     assert [mode(path) for path in files] == [0o666 & ~umask] * 2
 
 
+def test_files_of_another_program_are_let_be(model: TinyDiT, tmp_path: Path) -> None:
+    """Though they have the names of ours."""
+    (tmp_path / "routing.json").write_text('{"routes": ["/home"]}')
+    with pytest.raises(ArtefactError, match="is no saved routing"):
+        diffcr_compile.save(model, tmp_path)
+    (tmp_path / "routing.json").unlink()
+    diffcr_compile.save(model, tmp_path / "ours")
+    (tmp_path / "ours" / "report.json").write_text('{"mine": 1}')
+    diffcr_compile.save(model, tmp_path / "ours")
+    assert (tmp_path / "ours" / "report.json").read_text() == '{"mine": 1}'
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_is_followed(model: TinyDiT, tmp_path: Path, there: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)

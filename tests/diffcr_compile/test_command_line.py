@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from diffcr_compile.calibration.ratios import BudgetedRatios
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import diffcr_compile
@@ -219,9 +220,7 @@ def test_training_free_calibration_leaves_the_weights(weights: Path, batches: Pa
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_calibrate_leaves_no_weights_of_an_earlier_run(
-    weights: Path, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrate_leaves_no_weights_of_an_earlier_run(weights: Path, batches: Path, tmp_path: Path) -> None:
     """They were learned with the routing that is replaced; but MODEL itself is kept, wherever it lies."""
     output, config = tmp_path / "out", tmp_path / "calibration.json"
     rest = ("--batches", batches, "--budget", 0.8, "--output", output)
@@ -230,17 +229,54 @@ def test_calibrate_leaves_no_weights_of_an_earlier_run(
     assert (output / "model").exists()
     answer("calibrate", output / "model", *rest, "--training-free")
     assert (output / "model" / "config.json").exists()
-    there_when_saved: list[bool] = []
-
-    def save(model: Any, path: Path) -> None:
-        there_when_saved.append((path / "model").exists())
-        diffcr_compile.save(model, path)
-
-    monkeypatch.setattr("diffcr_compile.command_line.save", save)
     config.write_text(json.dumps({"steps": 2, "trainable": "routers"}))
     answer("calibrate", weights, *rest, "--config", config)
-    assert there_when_saved == [False]
     assert not (output / "model").exists()
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("fails", ["weights", "routing"])
+def test_a_calibration_that_can_not_be_written_leaves_the_old_one(
+    weights: Path, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, linked: bool
+) -> None:
+    output, config = tmp_path / "out", tmp_path / "calibration.json"
+    arguments = ("calibrate", weights, "--batches", batches, "--budget", 0.8, "--output", output, "--config", config)
+    config.write_text(json.dumps({"steps": 2}))
+    answer(*arguments)
+    if linked:
+        (output / "model").rename(tmp_path / "elsewhere")
+        (output / "model").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "elsewhere" / "config.json").unlink()
+        answer(*arguments)
+        assert (output / "model").is_symlink()
+        assert (tmp_path / "elsewhere" / "config.json").is_file()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    if fails == "weights":
+        monkeypatch.setattr(diffusers.DiTTransformer2DModel, "save_pretrained", full)
+    else:
+        monkeypatch.setattr("diffcr_compile.command_line.save", full)
+    assert "No space left" in refusal(*arguments)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_what_calibrate_reads_is_not_where_it_writes(weights: Path, batches: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    inner = output / "model" / "inner"
+    rest = ("--budget", 0.8, "--output", output)
+    shutil.copytree(weights, inner)
+    said = refusal("calibrate", inner, "--batches", batches, *rest, code=2)
+    assert f"MODEL {inner} lies in {output / 'model'}" in said
+    shutil.copytree(batches, output / "model" / "batches")
+    assert "--batches" in refusal("calibrate", weights, "--batches", output / "model" / "batches", *rest, code=2)
+    assert len(list((output / "model" / "batches").iterdir())) == len(list(batches.iterdir()))
+    given = ("calibrate", weights, "--batches", batches, "--budget", 0.8, "--checkpoint", tmp_path / "progress")
+    assert "holds checkpoints alone" in refusal(*given, "--output", tmp_path / "progress" / "out", code=2)
+    assert not (tmp_path / "progress").exists()
 
 
 def test_calibrate_finds_an_impossible_output_before_it_learns(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
-from models import Shape, original
-from torch import nn
+from models import Shape, original, tiny_inputs
+from torch import Tensor, nn
 
 import diffcr_compile
 from diffcr_compile.context import context_key
@@ -126,3 +127,33 @@ def test_a_graph_that_makes_tensors_is_proved_wherever_its_block_lies() -> None:
         diffcr_compile.transform(model, diffcr_compile.DiffCRConfig(context="all"), example_inputs={"input": inputs})
         (plan,) = diffcr_compile.explain(model).plan.families
         assert (plan.context, plan.context_note) == ("all", "")
+
+
+def test_complex_tensors_are_in_the_key() -> None:
+    turned, other = block(), block()
+    turned.table, other.table = (torch.polar(torch.ones(3), torch.arange(3.0) + start) for start in (0.0, 0.1))
+    assert context_key(turned) != context_key(other)
+    assert context_key(turned) == context_key(copy.deepcopy(turned))
+
+
+def test_a_block_first_routed_in_the_midst_of_a_sampling_runs_as_its_modules_are() -> None:
+    class Scaled(type(block())):  # type: ignore[misc]
+        def forward(self, x: Tensor, *rest: Any) -> Tensor:
+            return x + self.share * (super().forward(x, *rest) - x)
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model = original(shape)
+    for each in model.blocks:
+        each.__class__, each.share = Scaled, 1.0
+    diffcr_compile.transform(model, diffcr_compile.DiffCRConfig(skip="reuse"), example_inputs=tiny_inputs(shape))
+    model.blocks[1].share = 0.0  # before anything has run
+    table = torch.full(diffcr_compile.ratios(model).shape, 0.5)
+    table[:, 1] = 0.0
+    diffcr_compile.set_ratios(model, table)
+    changes = []
+    model.blocks[1].register_forward_hook(lambda _, args, output: changes.append(float((output - args[0]).abs().max())))
+    with torch.no_grad():
+        for step in (900.0, 800.0, 700.0):
+            model(**tiny_inputs(shape, timestep=step))
+            diffcr_compile.set_ratios(model, 0.5)
+    assert changes == [0.0] * 3

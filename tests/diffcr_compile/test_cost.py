@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import Shape, TinyDiT, original, reference_flops, routed, same_snapshot, sinusoids, snapshot, tiny_inputs
+from models import (
+    Shape,
+    TinyDiT,
+    looping,
+    original,
+    reference_flops,
+    routed,
+    same_snapshot,
+    sinusoids,
+    snapshot,
+    tiny_inputs,
+)
 
 import diffcr_compile
 from diffcr_compile.cost import BlockCost, CostModel, cost_model
@@ -28,6 +39,18 @@ def test_measuring_changes_nothing(model: TinyDiT) -> None:
     before = snapshot(model)
     diffcr_compile.cost(model, tiny_inputs(SHAPE))
     assert same_snapshot(snapshot(model), before)
+
+
+@pytest.mark.parametrize("loops", [(4, 1), (1, 4)])
+def test_blocks_that_a_number_alone_tells_apart_cost_what_each_does(loops: tuple[int, int]) -> None:
+    inputs = tiny_inputs(SHAPE, num_tokens=40)
+    model = diffcr_compile.transform(looping(SHAPE, *loops), example_inputs=inputs)
+    dense = reference_flops(lambda: model(**inputs))
+    for row in ([0.5, 0.0], [0.0, 0.5], [0.3, 0.8]):
+        diffcr_compile.set_ratios(model, [row] * 4)
+        counted = reference_flops(lambda: model(**inputs))
+        assert diffcr_compile.cost(model, inputs).share == pytest.approx(counted / dense, rel=1e-9)
+    assert cost_model(model).fixed > 0
 
 
 def test_other_inputs_cost_otherwise(model: TinyDiT) -> None:

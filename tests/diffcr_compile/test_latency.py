@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Shape, TinyDiT, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from models import Shape, TinyDiT, looping, original, routed, same_bits, same_snapshot, snapshot, tiny_inputs
 
 import diffcr_compile
 from diffcr_compile import DiffCRConfig, latency
@@ -60,6 +60,19 @@ def test_blocks_of_one_family_and_shape_are_measured_once(model: TinyDiT, monkey
     assert measurements == [11, 1]
     assert len({block.times_ms for block in costs.blocks}) == 1  # type: ignore[attr-defined]
     assert costs.dense == 33.0  # the sum of the blocks, which took longer than the whole
+
+
+def test_blocks_that_a_number_alone_tells_apart_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diffcr_compile.transform(looping(SHAPE, 4, 1, 4), example_inputs=INPUTS)
+    measurements: list[int] = []
+
+    def medians(functions: list[Any], rounds: int) -> list[float]:
+        measurements.append(len(functions))
+        return [float(len(measurements))] * len(functions)
+
+    monkeypatch.setattr(latency, "_medians", medians)
+    assert [block.dense for block in measured(model).blocks] == [1.0, 2.0, 1.0]
+    assert measurements == [11, 11, 1]
 
 
 def test_what_is_timed_keeps_what_the_ratio_says(model: TinyDiT, monkeypatch: pytest.MonkeyPatch) -> None:

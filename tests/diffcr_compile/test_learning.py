@@ -37,6 +37,23 @@ def test_learnables_are_the_same_tensors_each_time(model: TinyDiT) -> None:
     assert first.routers[0] is model.blocks[0].diffcr_router.weight
 
 
+@pytest.mark.parametrize("way", ["add", "assign"])
+def test_an_optimiser_may_write_past_autograd(model: TinyDiT, way: str) -> None:
+    """By ``.data``, as some do: no version of the tensor tells."""
+    expected = model(**INPUTS)
+    with diffcr_compile.learning(model) as learnable:
+        if way == "add":
+            learnable.ratios.data.add_(0.52)
+        else:
+            learnable.ratios.data = torch.full_like(learnable.ratios, 0.52)
+    assert bool((diffcr_compile.ratios(model) == 0.5).all())
+    assert not torch.equal(model(**INPUTS), expected)
+    with diffcr_compile.learning(model) as learnable:
+        learnable.ratios.data.sub_(1.0)
+        model(**INPUTS)
+        assert bool((learnable.ratios == 0).all()), "clamped"
+
+
 @pytest.mark.parametrize("estimator", ["three-bin", ["two-bin"], None])
 def test_another_estimator_is_named(model: TinyDiT, estimator: object) -> None:
     said = f"estimator must be one of 'two-bin', 'single-pass', found {estimator!r}"

@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import Shape, TinyDiT, original, relative_error, routed, same_bits, same_snapshot, snapshot, tiny_inputs
+from models import (
+    Shape,
+    TinyDiT,
+    original,
+    relative_error,
+    routed,
+    same_bits,
+    same_snapshot,
+    sinusoids,
+    snapshot,
+    tiny_inputs,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -617,6 +628,31 @@ def test_what_changes_from_call_to_call_inside_a_block_is_named() -> None:
 
     with torch.no_grad(), pytest.raises(diffcr_compile.LoweringError, match=r"blocks\.0 reads something that differs"):
         count()
+
+
+def test_a_number_that_a_block_is_given_anew_each_time_does_not_compile_without_end() -> None:
+    torch._dynamo.reset()
+    shape = Shape("plain", depth=1, heads=1, head_dim=4)
+
+    class Weighted(type(original(shape).blocks[0])):  # type: ignore[misc]
+        def forward(self, x: Tensor, cond: Tensor, weight: float) -> Tensor:
+            return super().forward(x, cond * weight)
+
+    class Model(TinyDiT):
+        def forward(self, x: Tensor, timestep: Tensor, weight: float = 1.0) -> Tensor:  # type: ignore[override]
+            cond = self.time(sinusoids(timestep, self.shape.width))
+            return self.head(self.blocks[0](self.embed(x), cond, weight))
+
+    model = original(shape)
+    model.__class__, model.blocks[0].__class__ = Model, Weighted
+    diffcr_compile.transform(model, example_inputs={**tiny_inputs(shape), "weight": 1.0})
+    diffcr_compile.set_ratios(model, 0.5)
+    compiled = CompileCounterWithBackend("eager")
+    diffcr_compile.lower(model, scope="regional", backend=compiled)
+    with torch.no_grad(), contextlib.suppress(diffcr_compile.LoweringError):
+        for place in range(40):
+            model(**tiny_inputs(shape), weight=1.0 + place / 100)
+    assert compiled.frame_count < 20
 
 
 @pytest.mark.parametrize("scope", [None, "regional", "full"])

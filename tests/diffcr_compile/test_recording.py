@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models import Shape, original, routed, same_bits, tiny_inputs
+from models import Shape, TinyDiT, original, routed, same_bits, tiny_inputs
+from torch import Tensor
 
 import diffcr_compile
 from diffcr_compile.recording import read_batch, write_batch
@@ -39,8 +42,23 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: bytes) -> None:
         read_batch(file)
 
 
+class Own(dict[Any, Any]):
+    """A container of the user's."""
+
+
 @pytest.mark.parametrize(
-    "thing", [object(), {1: object()}, slice(1), torch.zeros(2, dtype=torch.complex128), torch.eye(2).to_sparse()]
+    "thing",
+    [
+        object(),
+        {1: object()},
+        slice(1),
+        torch.zeros(2, dtype=torch.complex128),
+        torch.eye(2).to_sparse(),
+        Own(size=(2, 3)),
+        Own(device="cpu"),
+        {(1, 2): 3},
+        IntEnum("Kind", "photo")(1),
+    ],
 )
 def test_what_no_file_holds_is_named_and_leaves_no_file(tmp_path: Path, thing: object) -> None:
     with pytest.raises(diffcr_compile.UnsupportedError, match=r"can't be written to a file: .*Record without a folder"):
@@ -90,6 +108,21 @@ def test_with_a_limit_calls_outside_the_range_are_a_region_of_their_own() -> Non
         for step in [500.0] * 6 + [5000.0] * 6:
             model(**tiny_inputs(SHAPE, timestep=step))
     assert Counter(float(batch["timestep"].max()) for batch in batches) == {500.0: 2, 5000.0: 2}
+
+
+def test_with_a_limit_calls_may_leave_the_timestep_out() -> None:
+    class Optional(TinyDiT):
+        def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x.new_full((len(x),), 500.0) if timestep is None else timestep)
+
+    model = original(SHAPE)
+    model.__class__ = Optional
+    inputs = tiny_inputs(SHAPE)
+    diffcr_compile.transform(model, example_inputs=inputs)
+    with diffcr_compile.record(model, limit=4) as batches:
+        model(x=inputs["x"])
+        model(**inputs)
+    assert [sorted(batch) for batch in batches] == [["x"], ["timestep", "x"]]
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5])

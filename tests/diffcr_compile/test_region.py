@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -383,6 +384,50 @@ def test_outputs_that_can_not_be_put_together_are_refused() -> None:
         diffcr_compile.UnsupportedError, match=r"AsNamespace returns a SimpleNamespace.* one region at a time"
     ):
         as_kind(AsNamespace)(**inputs(100.0, 900.0))
+
+
+class Turning(TinyDiT):
+    """``turned``: tokens in front of the samples; ``twice``: one tensor more."""
+
+    def forward(self, x: Tensor, timestep: Tensor, turned: bool = False, twice: bool = False) -> Any:  # type: ignore[override]
+        output = super().forward(x, timestep)
+        output = output.transpose(0, 1) if turned else output
+        return (output, output) if twice else output
+
+
+@pytest.mark.parametrize("flag", ["turned", "twice"])
+def test_other_outputs_than_those_that_were_seen_are_not_put_together(flag: str) -> None:
+    model, call = as_kind(Turning), inputs(100.0, 900.0)
+    with pytest.raises(diffcr_compile.UnsupportedError, match=r"others than when it was transformed.*one region at"):
+        model(**call, **{flag: True})
+    model(**inputs(100.0), **{flag: True})
+    assert torch.equal(model(**call), one_by_one(model, call))
+
+
+def test_a_graph_of_ones_own_serves_regions_that_differ() -> None:
+    """Of the whole model, in any order of calls and in another thread: batches in one region, and in several."""
+    model = routed(SHAPE)
+    diffcr_compile.set_ratios(model, TABLE)
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    wrong: list[Any] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                for steps in ((900.0, 100.0, 400.0), (100.0,) * 3, (900.0, 100.0, 100.0), (900.0, 100.0, 400.0)):
+                    found, expected = compiled(**inputs(*steps)), eager(**inputs(*steps))
+                    if found.shape != expected.shape or relative_error(found, expected) > 1e-5:
+                        wrong.append(steps)
+        except Exception as error:
+            wrong.append(error)
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert wrong == []
 
 
 class Guided(TinyDiT):

@@ -20,6 +20,7 @@ from models import (
     routed_fqns,
     run_routed,
     same_bits,
+    sinusoids,
     tiny_inputs,
     watch_blocks,
 )
@@ -233,3 +234,35 @@ def test_autocast_is_followed(model: TinyDiT) -> None:
         diffcr_compile.set_ratios(model, 0.0)
         assert same_bits(run(model), run(original(SHAPE)))
     assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_callers_may_write_into_what_a_block_returns(ratio: float, lowered: bool) -> None:
+    """As into a block's own output: what it was given stays."""
+
+    class Adding(TinyDiT):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+            cond = self.time(sinusoids(timestep, self.shape.width).to(x.dtype))
+            kept = []
+            for block in self.blocks:
+                kept.append(x)
+                x = block(x, cond, None, None)
+                x += 1
+            return x + sum(kept)
+
+    shape = Shape("plain", depth=2, heads=1, head_dim=6)
+    model = original(shape)
+    model.__class__ = Adding
+    latents = torch.randn(3, 11, shape.width, generator=torch.Generator().manual_seed(0))
+    given = {"x": latents.clone(), "timestep": torch.full((3,), 500.0)}
+    diffcr_compile.transform(model, example_inputs=given)
+    diffcr_compile.set_ratios(model, ratio)
+    if lowered:
+        torch._dynamo.reset()
+        diffcr_compile.lower(model, scope="regional", backend="eager")
+    with torch.no_grad():
+        output = model(**given)
+    assert torch.equal(given["x"], latents)
+    if ratio == 1.0:
+        assert torch.allclose(output, latents + 2 + latents + (latents + 1), atol=1e-5)
