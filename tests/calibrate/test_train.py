@@ -219,18 +219,25 @@ def test_weights_of_half_precision_move_as_those_of_float32(dtype: torch.dtype, 
     assert float((found - expected).norm() / (expected - before).norm()) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("warm_start", "said"),
+    [
+        (True, r"the dense outputs of batches 0, 1, 2 are not finite"),  # put together by region
+        (False, r"the loss is nan .* Table, routers and weights are as before"),
+    ],
+)
 @pytest.mark.parametrize("which", [0, 2])
 @pytest.mark.parametrize("trainable", ["all", "routers"])
 def test_what_is_no_number_is_said_and_table_and_routers_are_put_back(
-    model: TinyDiT, trainable: str, which: int
+    model: TinyDiT, trainable: str, which: int, warm_start: bool, said: str
 ) -> None:
     diffcr_compile.set_ratios(model, 0.25)
     routers = [block.diffcr_router.weight.clone() for block in model.blocks]
     spoilt = [{**batch, "x": batch["x"].clone()} for batch in BATCHES]
     spoilt[which]["x"][0, 0, 0] = torch.nan
-    config = CalibrationConfig(steps=8, trainable=trainable)  # type: ignore[arg-type]
+    config = CalibrationConfig(steps=8, trainable=trainable, warm_start=warm_start)  # type: ignore[arg-type]
     before = snapshot(model)
-    with pytest.raises(CalibrationError, match=r"the loss is nan .* Table, routers and weights are as before"):
+    with pytest.raises(CalibrationError, match=said):
         diffcr_compile.calibrate(model, spoilt, budget=0.6, config=config)
     assert torch.equal(diffcr_compile.ratios(model), torch.full((4, 3), 0.25))
     assert same_snapshot(snapshot(model), before)
