@@ -19,12 +19,12 @@ from torch import Tensor
 from ..config import BudgetKind
 from ..cost import UNITS
 from ..errors import ArtefactError, UnsupportedError
-from ..files import write_files
+from ..files import REPORT_TYPE, write_files
 from ..plan import TimestepPlan
 from ..region import region_of
 from .appraise import TokenMap
 
-TYPE, VERSION = "diffcr_compile.report", 1
+TYPE, VERSION = REPORT_TYPE, 1
 _JSON, _PICTURE = "report.json", "report.png"
 
 MOST_WRITTEN = 20

@@ -31,10 +31,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from .arguments import is_record, record_fields
-from .calibration.report import TYPE as REPORT_TYPE
 from .config import DiffCRConfig
 from .errors import AlreadyTransformedError, ArtefactError
-from .files import holds_type, record_checksum, write_files
+from .files import REPORT_TYPE, holds_type, record_checksum, write_files
 from .fingerprint import fingerprint
 from .plan import ModelPlan, plan_from_dict, plan_to_dict
 from .ratios import SCALE

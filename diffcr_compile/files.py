@@ -11,6 +11,9 @@ from typing import Any
 
 from .errors import ArtefactError
 
+REPORT_TYPE = "diffcr_compile.report"
+"""Of the report beside a routing, which ``save`` tells from a file of another program."""
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder before the work whose result goes there, which an impossible place would lose. Raises ArtefactError."""

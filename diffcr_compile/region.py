@@ -226,13 +226,21 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if not in_a_graph():
         state.sync_with_masters()
         state.current.call = (weakref.ref(model), args, kwargs)
-    return _begin_outside(model, state, args, kwargs) if _breaks(state) else _begin(model, state, args, kwargs)
+    begin = _outside(_begin) if _breaks(state) else _begin
+    return begin(model, state, args, kwargs)
 
 
 def _breaks(state: ModelRouting) -> bool:
     """Whether a graph that is being compiled ends here: which region it is, the graph can't say, nor put samples together."""
     compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     return compiles and state.config.skip != "reuse" and (state.learning is not None or state.needs_region)
+
+
+def _outside(function: Any) -> Any:
+    """The function, which a graph that is being compiled breaks for, or says why it can't. Made when it is asked for: that imports
+    the compiler."""
+    torch._dynamo.graph_break(msg=_IN_A_GRAPH)
+    return torch.compiler.disable(function, reason=_IN_A_GRAPH)
 
 
 def _begin(
@@ -272,7 +280,7 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     state = routing_of(model)
     if not isinstance(state, ModelRouting) or state.plan is None:
         return output
-    finish = _finish_outside if _breaks(state) else _finish
+    finish = _outside(_finish) if _breaks(state) else _finish
     output, regions = finish(model, state, output)
     if not in_a_graph():
         state.current.call = None
@@ -290,10 +298,6 @@ def _finish(model: nn.Module, state: ModelRouting, output: Any) -> tuple[Any, li
         (groups, args, kwargs), state.current.split = state.current.split, None
         output, regions = _run_other_groups(model, state, groups, args, kwargs, output), list(groups)
     return output, regions
-
-
-_begin_outside = torch.compiler.disable(_begin, reason=_IN_A_GRAPH)
-_finish_outside = torch.compiler.disable(_finish, reason=_IN_A_GRAPH)
 
 
 def _give_up(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -498,7 +498,7 @@ def test_damaged_json_is_refused(copied: Path, text: str) -> None:
     [
         ("type", "diffcr_compile.routing", "expected 'diffcr_compile.calibration', version 4"),
         ("version", 1, "version 1; expected"),
-        ("version", 4, "version 4; expected"),
+        ("version", 5, "version 5; expected"),
         ("version", "1", "version '1'; expected"),
         ("tensors", "step-000099.safetensors", "lacks the file 'step-000099.safetensors'"),
         ("tensors", "../copy/step-000006.safetensors", "lacks the file"),
