@@ -43,7 +43,7 @@ def holds_type(file: Path, kind: str) -> bool:
     """Whether a file holds a JSON object of this ``type``, or what may have been one before it was damaged."""
     try:
         found = json.loads(file.read_text())
-    except FileNotFoundError:
+    except OSError:  # no file, or none that can be read
         return False
     except ValueError:
         return True

@@ -294,7 +294,8 @@ def _kind_of(value: Any) -> Any:
 def _kind_of_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape
-    return float if type(leaf) is float else setting(leaf)  # one that changes from call to call soon is said to
+    # of many values torch stops compiling: an error, not a graph each
+    return float if type(leaf) is float else setting(leaf)
 
 
 def _surroundings(model: nn.Module) -> tuple[Any, ...]:

@@ -327,8 +327,7 @@ def _run_other_groups(
         with pin_region(state, region):
             outputs.append(model.forward(*group_args, **group_kwargs))
     place = torch.argsort(torch.cat(list(groups.values())))
-    sizes = [len(samples) for samples in groups.values()]
-    _check_parts(model, state, outputs, sizes)
+    _check_parts(model, state, outputs, [len(samples) for samples in groups.values()])
     axes = iter(state.plan.output_batch_axes)
     others = [iter([leaf for _, leaf in iterate_leaves(other)]) for other in outputs[1:]]
 

@@ -162,6 +162,9 @@ def test_files_of_another_program_are_let_be(model: TinyDiT, tmp_path: Path) -> 
     with pytest.raises(ArtefactError, match="is no saved routing"):
         diffcr_compile.save(model, tmp_path)
     (tmp_path / "routing.json").unlink()
+    (tmp_path / "routing.json").mkdir()
+    with pytest.raises(ArtefactError, match="is no saved routing"):
+        diffcr_compile.save(model, tmp_path)
     diffcr_compile.save(model, tmp_path / "ours")
     (tmp_path / "ours" / "report.json").write_text('{"mine": 1}')
     diffcr_compile.save(model, tmp_path / "ours")
