@@ -231,6 +231,7 @@ def test_an_interrupted_merge_leaves_the_model_as_it_was(model: TinyDiT, monkeyp
             diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG)
     assert calls[0] == 3
     assert same_snapshot(snapshot(model), before)
+    assert (routing_of(model).trained, routing_of(model).report) == (False, None)
     assert 0.59 < diffcr_compile.calibrate(model, batches(torch.float64), budget=0.6, config=CONFIG).share <= 0.6
 
 
