@@ -130,7 +130,7 @@ def _of_one_region(model: nn.Module, state: ModelRouting, batch: Batch) -> Batch
     try:
         samples = group_samples(state, regions)[regions[0]]
         return bind_arguments(
-            positional_names(type(model).forward), *pick_samples(model, state, samples, len(regions), (), batch)
+            positional_names(type(model)), *pick_samples(model, state, samples, len(regions), (), batch)
         )
     except UnsupportedError:
         return None

@@ -154,7 +154,7 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Batches) -> Batche
     timestep, axes = state.plan.timestep, state.plan.input_batch_axes
     if timestep is None or state.num_regions == 1 or state.config.guidance == "shared":
         return batches
-    names = positional_names(type(model).forward)
+    names = positional_names(type(model))
     regions_of = [region_of(timestep_value(batch, timestep, model), timestep, state.num_regions) for batch in batches]
     if all(len(set(regions)) == 1 for regions in regions_of):
         return batches  # which may be on disk: what follows holds them all
@@ -179,7 +179,7 @@ def by_region(model: nn.Module, state: ModelRouting, batches: Batches) -> Batche
 def as_routers_see(model: nn.Module, state: ModelRouting, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; for routers that see the timestep, each taken apart by timestep region, which is pinned until the next is asked
     for. Raises UnsupportedError where that can't be done."""
-    names = positional_names(type(model).forward)
+    names = positional_names(type(model))
     for batch in batches:
         if state.config.router == "token":
             yield batch

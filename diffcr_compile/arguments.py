@@ -24,11 +24,10 @@ ExampleInputs = dict[str, Any] | tuple[tuple[Any, ...], dict[str, Any]]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the parameters of ``function`` that may be given by position, without a leading ``self``."""
-    parameters = inspect.signature(function).parameters.values()
-    names = tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
-    return names[1:] if names[:1] == ("self",) else names
+def positional_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of ``kind.forward`` that may be given by position, without the first: the module."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)[1:]
 
 
 def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def bind_inputs(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
         return dict(inputs)
     match inputs:
         case (tuple() | list() as args, dict() as kwargs):
-            names = positional_names(model.forward)
+            names = positional_names(type(model))
             twice = [name for name in names[: len(args)] if name in kwargs]
             if twice:
                 raise TypeError(

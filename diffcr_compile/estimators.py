@@ -128,7 +128,7 @@ def _look(routing: BlockRouting, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     bound = bind_arguments(routing.positional, args, kwargs)
     program = routing.program(bound)
-    return rehearsal.look(routing.index, program.plan, program.values(bound, routing.fqn), routing.model.config)
+    return rehearsal.look(routing.index, program.plan, program.values(bound, routing.fqn))
 
 
 def _place(routing: BlockRouting) -> tuple[int, int, Tensor]:

@@ -97,18 +97,20 @@ def blank(plan: BlockPlan, values: list[Any]) -> Memory:
     return allocate(plan, values, DiffCRConfig(skip="reuse", extrapolation=0), now)
 
 
-def fits(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> bool:
-    """Whether memory is of this call's batch, tokens, dtype and device."""
+def fits(memory: Memory, plan: BlockPlan, values: list[Any]) -> bool:
+    """Whether memory is of this call's batch, tokens and device. (Its dtype may be another: a stream that its blocks widen is
+    narrower where one was skipped.)"""
     stream = values[plan.stream]
-    held = memory.updates[0]
     shape = (stream.shape[plan.batch_axis], stream.shape[plan.token_axis])
     shapes = [tuple(memory.age.shape), *(tuple(held.shape) for held in memory.context)]
     shapes += [tuple(held.shape[1:]) for held in memory.beside]
     beside = [tuple(values[source].shape) for source in plan.beside.values()]
-    return shapes == [shape, *_context_shapes(plan, values), *beside] and (held.dtype, held.device) == (
-        _memory_dtype(config, stream),
-        stream.device,
-    )
+    return shapes == [shape, *_context_shapes(plan, values), *beside] and memory.age.device == stream.device
+
+
+def is_of_dtype(memory: Memory, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> bool:
+    """Whether memory would be made in the dtype it has, were it made for this call."""
+    return memory.updates[0].dtype == _memory_dtype(config, values[plan.stream])
 
 
 def writable(memory: Memory) -> Memory:

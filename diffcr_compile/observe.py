@@ -49,7 +49,7 @@ def record(
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is model and threading.get_ident() == thread:  # copied now: a forward may write into its inputs
-            under_way.append(map_leaves(_to_cpu, bind_arguments(positional_names(type(model).forward), args, kwargs)))
+            under_way.append(map_leaves(_to_cpu, bind_arguments(positional_names(type(model)), args, kwargs)))
 
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is model and threading.get_ident() == thread and under_way:

@@ -65,7 +65,7 @@ def _check_sites(plan: ModelPlan, model: nn.Module) -> None:
         if site.fqn == "" or module is None:
             raise ValueError(f"the model has no block {site.fqn!r}")
         _require(type(module).__name__ == family.kind, f"{site.fqn!r} is no {family.kind!r}")
-        _require(positional_names(type(module).forward) == family.positional, f"{site.fqn!r} takes other arguments")
+        _require(positional_names(type(module)) == family.positional, f"{site.fqn!r} takes other arguments")
 
 
 def _check_later_sites(plan: ModelPlan) -> None:

@@ -78,10 +78,14 @@ def take_shared_tokens(x: Tensor, indices: Tensor, token_axis: int) -> Tensor:
 
 
 def put_tokens(x: Tensor, indices: Tensor, update: Tensor, token_axis: int, batch_axis: int) -> Tensor:
-    """``x`` with the tokens ``indices`` (B, K) replaced by ``update``; all others keep their bits."""
+    """``x`` with the tokens ``indices`` (B, K) replaced by ``update``; all others keep their values.
+
+    In the wider dtype of the two: a block whose float32 scales widen a bfloat16 stream under autocast widens it here as well.
+    """
     rows, axes = _flat_rows(indices, x, token_axis, batch_axis)
-    tokens, update = (tensor.movedim(axes, (0, 1)).flatten(0, 1) for tensor in (x, update))
-    put = tokens.index_put((rows.flatten(),), update.to(x.dtype))
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    tokens, update = (tensor.movedim(axes, (0, 1)).flatten(0, 1).to(dtype) for tensor in (x, update))
+    put = tokens.index_put((rows.flatten(),), update)
     return put.unflatten(0, (x.shape[axes[0]], x.shape[axes[1]])).movedim((0, 1), axes)
 
 

@@ -386,7 +386,7 @@ def _settle_now(model: nn.Module, state: ModelRouting, args: tuple[Any, ...], kw
         )
     with _SEARCHING, _disable_current_modes():  # a mode that counts FLOPs counts those of the forward alone
         if state.deferred is not None:  # else another thread has been quicker
-            state.deferred(model, state, bind_arguments(positional_names(type(model).forward), args, kwargs))
+            state.deferred(model, state, bind_arguments(positional_names(type(model)), args, kwargs))
 
 
 def timestep_value(bound: dict[str, Any], timestep: TimestepPlan, model: nn.Module) -> Tensor | float:

@@ -603,8 +603,9 @@ def prepare(
         context = _write_context(module, routing, program, values)
     if trajectory is None or not remembers:
         return ratio, None, context
-    memories = state.rehearsal.look if state.rehearsal is not None else trajectory.recall
-    return ratio, memories(routing.index, program.plan, values, state.config), context
+    if state.rehearsal is not None:
+        return ratio, state.rehearsal.look(routing.index, program.plan, values), context
+    return ratio, trajectory.recall(routing.index, program.plan, values, state.config), context
 
 
 def prepare_context(

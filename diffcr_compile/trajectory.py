@@ -26,7 +26,7 @@ from .arguments import Path
 from .config import DiffCRConfig
 from .errors import UnsupportedError
 from .layout import Grids, interleaved_rank
-from .memory import Memory, allocate, fits, writable
+from .memory import Memory, allocate, fits, is_of_dtype, writable
 from .plan import BlockPlan
 
 MAX_SLOTS = 4
@@ -187,20 +187,24 @@ class Trajectory:
         self._recalled.add(key)
         memory = self.memories.get(key)
         empty = self.first or key not in self._filled  # one that skipped nothing so far remembers another trajectory
-        if memory is None or not fits(memory, plan, values, config):
+        if (
+            memory is None
+            or not fits(memory, plan, values)
+            or (empty and not is_of_dtype(memory, plan, values, config))
+        ):
             memory, empty = allocate(plan, values, config, self.now), True
             self._kinds.pop(self.slot, None)
         self._filled.add(key)
         memory = self.memories[key] = writable(memory)
         return self._at_present(memory), empty
 
-    def look(self, index: int, plan: BlockPlan, values: list[Any], config: DiffCRConfig) -> tuple[Memory, bool]:
+    def look(self, index: int, plan: BlockPlan, values: list[Any]) -> tuple[Memory, bool]:
         """As :meth:`recall`, for a forward that learns: a copy, so that what is written is lost and a block may run again.
 
         Raises UnsupportedError where the memory does not fit the call.
         """
         memory = self.memories.get((self.slot, index))
-        if memory is None or not fits(memory, plan, values, config):
+        if memory is None or not fits(memory, plan, values):
             stream = values[plan.stream]
             raise UnsupportedError(
                 f"what was remembered for a block does not fit a call with tokens {tuple(stream.shape)} in {stream.dtype}. With "

@@ -100,7 +100,7 @@ class BlockAnalysis:
         assert stream.batch_axis is not None
         return BlockPlan(
             kind=self.kind,
-            positional=positional_names(type(self.module).forward),
+            positional=positional_names(type(self.module)),
             signature=signature_of(map_leaves(as_meta, self.call.arguments)),
             arguments=map_leaves(lambda _, leaf: None if leaf is None else next(indices), self.call.arguments),
             leaves=self.leaves,

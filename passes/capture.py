@@ -135,7 +135,7 @@ class _Run:
             total, attending, operators = self._started.pop()
             self.flops[fqn] = self.flops.get(fqn, 0) + counter.get_total_flops() - total
             attends = attention_flops(counter) > attending
-            bound = bind_arguments(positional_names(type(module).forward), args, kwargs)
+            bound = bind_arguments(positional_names(type(module)), args, kwargs)
             order = sum(map(len, self.calls.values()))
             operators = self.tracker.num_operators - operators
             call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order, attends, operators)
@@ -274,7 +274,7 @@ def _run_unwatched(model: nn.Module, inputs: dict[str, Any], *, fake: bool) -> t
 
     for fqn, module in model.named_modules():
         if fqn and "forward" not in vars(module):
-            names = positional_names(type(module).forward)
+            names = positional_names(type(module))
             module.forward = note(fqn, module.forward, names)  # type: ignore[method-assign]
         else:
             called[fqn] = {}

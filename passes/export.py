@@ -37,7 +37,7 @@ class _FlatCall(nn.Module):
     def __init__(self, block: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.block = block
-        self._positional = positional_names(type(block).forward)
+        self._positional = positional_names(type(block))
         self._arguments = arguments
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -85,17 +85,16 @@ def outline_flat(model: nn.Module, call: Call, batch_axes: dict[Path, int]) -> F
         holder.add_module(str(index), kinds[compiled.code]())
     graph.lint()
     run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
-    base = type(model).forward
     model.add_module(BLOCKS, holder.train(model.training))
     guards = guards_of(block, batch_axes or {path: 0 for path, _ in block.call_leaves})
-    forward = _flat_forward(base, run, block.call, guards)
+    forward = _flat_forward(type(model), run, block.call, guards)
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
     return Flat(model, forward)
 
 
-def _flat_forward(base: Callable[..., Any], run: Callable[..., Any], call: Call, guards: Guards) -> Callable[..., Any]:
+def _flat_forward(kind: type[nn.Module], run: Callable[..., Any], call: Call, guards: Guards) -> Callable[..., Any]:
     """The forward to bind: the graph's where a block routes, or may be seen to; else the original."""
-    names, known = positional_names(base), _fixed(call.arguments)
+    base, names, known = kind.forward, positional_names(kind), _fixed(call.arguments)
 
     @functools.wraps(base)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

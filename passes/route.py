@@ -99,7 +99,7 @@ def route_blocks(
     later = [write_program(family, state.config) for family in plan.later_families]
     modules = [model.get_submodule(site.fqn) for site in plan.sites]
     reference = next(model.parameters(), None)
-    state.plan, state.positional = plan, positional_names(type(model).forward)
+    state.plan, state.positional = plan, positional_names(type(model))
     num_vectors = state.num_regions if state.config.router == "timestep" else None
     routers = [
         _make_router(module, site.fqn, plan.families[site.family].width, reference, num_vectors)
@@ -113,7 +113,7 @@ def route_blocks(
             fqn=site.fqn,
             index=index,
             base=base,
-            positional=positional_names(base),
+            positional=positional_names(type(module)),
             programs={program.plan.signature: program for program in known},
             model=state,
             ratios=(0,) * state.num_regions,

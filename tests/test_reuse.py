@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import (
     CHANNELS,
+    Block,
     Shape,
     TinyDiT,
     original,
@@ -52,6 +53,17 @@ class Beside(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + 0.5 * x
+
+
+class Widening(Block):
+    """Its change is scaled by float32 numbers, which under autocast widens a bfloat16 stream."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.scale = nn.Parameter(torch.full((shape.width,), 0.5))
+
+    def forward(self, x: Tensor, cond: Tensor, rope: Any = None, mask: Tensor | None = None) -> Tensor:
+        return x + self.scale * (super().forward(x, cond, rope, mask) - x)
 
 
 @functools.cache
@@ -474,6 +486,39 @@ def test_a_block_called_twice_in_a_forward_is_refused_by_name() -> None:
     diffcr_compile.set_ratios(model, 0.5)
     with pytest.raises(diffcr_compile.UnsupportedError, match="more than once"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("row", [(0.5, 0.5, 0.5), (0.0, 1.0, 0.5), (1.0, 0.5, 0.0)], ids=str)
+@pytest.mark.parametrize("skip", ["identity", "reuse"])
+def test_a_stream_that_blocks_widen_under_autocast_is_widened_where_they_route(
+    skip: str, row: tuple[float, ...]
+) -> None:
+    """And what is remembered in one dtype serves a stream in another: no block is dense for that."""
+    shape = Shape("plain", depth=3, heads=2, head_dim=6)
+    torch.manual_seed(0)
+    plain = TinyDiT(shape).eval()
+    plain.blocks = nn.ModuleList(Widening(shape) for _ in range(shape.depth)).eval()
+    inputs = {name: tiny_inputs(shape)[name] for name in ("x", "timestep")}
+    found: list[torch.dtype] = []
+    for block in plain.blocks:
+        block.register_forward_hook(lambda block, args, output: found.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plain(**inputs)
+        assert found == [torch.float32] * 3
+        model = diffcr_compile.transform(plain, DiffCRConfig(skip=skip), example_inputs=inputs)
+        num_regions = len(diffcr_compile.ratios(model))
+        diffcr_compile.set_ratios(model, torch.tensor([row] * num_regions))
+        num_tokens = inputs["x"].shape[1]
+        for place, timestep in enumerate(STEPS):
+            found.clear()
+            with diffcr_compile.trace(model) as seen:
+                model(inputs["x"], torch.full_like(inputs["timestep"], timestep))
+            counts = [kept[0].shape[1] for kept in seen.kept.values()]
+            dense = skip == "reuse" and place == 0
+            assert counts == [num_tokens if dense else num_tokens - int(ratio * num_tokens) for ratio in row]
+            assert [dtype for dtype, ratio in zip(found, row, strict=True) if dense or ratio < 1] == (
+                [torch.float32] * sum(dense or ratio < 1 for ratio in row)
+            )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -88,9 +88,11 @@ def test_a_shared_table_gains_a_batch_axis_in_front(kept: Tensor, axis: int) -> 
     assert all(torch.equal(taken[sample], x.index_select(axis, kept[sample])) for sample in range(B))
 
 
-def test_put_keeps_the_streams_dtype(kept: Tensor) -> None:
-    x = draw(B, N, D, dtype=torch.bfloat16)
-    assert primitives.put_tokens(x, kept, draw(B, K, D), 1, 0).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_put_widens_to_the_wider_dtype(kept: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, update = draw(B, N, D, dtype=dtypes[0]), draw(B, K, D, dtype=dtypes[1])
+    put = primitives.put_tokens(x, kept, update, 1, 0)
+    assert torch.equal(put, primitives.put_tokens(x.float(), kept, update.float(), 1, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
