@@ -46,7 +46,7 @@ def bind_inputs(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
     """The bound call of ``model.forward`` that ``example_inputs`` stand for. Raises TypeError for what is neither form, and for an
     argument that is given twice."""
     if isinstance(inputs, dict):
-        return dict(inputs)
+        return bind_arguments(positional_names(type(model)), (), inputs)
     match inputs:
         case (tuple() | list() as args, dict() as kwargs):
             names = positional_names(type(model))

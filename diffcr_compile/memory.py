@@ -247,7 +247,7 @@ def remember_beside(memory: Memory, updates: list[Tensor], *, first: bool = Fals
 def remember_context(memory: Memory, kept: list[Tensor], fresh: list[Tensor], axes: list[tuple[int, int]]) -> None:
     """Note keys and values of kept tokens, each with its positions (B, K) and its (token axis, batch axis)."""
     for held, positions, tokens, places in zip(memory.context, kept, fresh, axes, strict=True):
-        held.copy_(put_tokens(held, positions, tokens, *places))
+        held.copy_(put_tokens(held, positions, tokens.to(held.dtype), *places))
 
 
 @torch.no_grad()

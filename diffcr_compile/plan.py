@@ -18,6 +18,9 @@ Lift = Literal["direct", "inserted axis", "vmap", "loop"]
 Size = tuple[int, int]
 """The size of one axis of one leaf: (leaf index, axis)."""
 
+PLACEHOLDERS = ("block", "router", "k", "memory")
+"""Of a routed program, beside those of its leaves, which have other names."""
+
 
 @dataclass(frozen=True)
 class TokenAxis:

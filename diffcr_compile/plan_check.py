@@ -12,10 +12,7 @@ from torch import nn
 
 from .arguments import iterate_leaves, positional_names
 from .config import Context, DiffCRConfig
-from .plan import BlockPlan, LeafPlan, Lift, ModelPlan, OutputPlan, StatePlan, TimestepPlan, TokenAxis
-
-_TAKEN = ("block", "router", "k", "memory")
-"""Placeholders of a routed program beside those of its leaves."""
+from .plan import PLACEHOLDERS, BlockPlan, LeafPlan, Lift, ModelPlan, OutputPlan, StatePlan, TimestepPlan, TokenAxis
 
 
 def check_plan(plan: ModelPlan, model: nn.Module, config: DiffCRConfig) -> None:
@@ -87,7 +84,7 @@ def _check_family(name: str, plan: BlockPlan, config: DiffCRConfig) -> None:
     for leaf in leaves:
         _check_leaf(name, leaf, leaves)
     names = [leaf.name for leaf in leaves]
-    _require(len({*names, *_TAKEN}) == len(names) + len(_TAKEN), f"{name}: inputs have names of their own")
+    _require(len({*names, *PLACEHOLDERS}) == len(names) + len(PLACEHOLDERS), f"{name}: inputs have names of their own")
     _require(_index(plan.stream, leaves) and leaves[plan.stream].is_tensor, f"{name}: the stream is one of the inputs")
     stream = leaves[plan.stream]
     for axis, size in ((plan.token_axis, "N"), (plan.batch_axis, "B")):

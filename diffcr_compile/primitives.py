@@ -80,11 +80,11 @@ def take_shared_tokens(x: Tensor, indices: Tensor, token_axis: int) -> Tensor:
 def put_tokens(x: Tensor, indices: Tensor, update: Tensor, token_axis: int, batch_axis: int) -> Tensor:
     """``x`` with the tokens ``indices`` (B, K) replaced by ``update``; all others keep their values.
 
-    In the wider dtype of the two: a block whose float32 scales widen a bfloat16 stream under autocast widens it here as well.
+    In the dtype of ``update``, which is that of the dense block: float32 scales widen a bfloat16 stream under autocast, and blocks
+    that cast a float32 stream to their weights' dtype narrow it.
     """
     rows, axes = _flat_rows(indices, x, token_axis, batch_axis)
-    dtype = torch.promote_types(x.dtype, update.dtype)
-    tokens, update = (tensor.movedim(axes, (0, 1)).flatten(0, 1).to(dtype) for tensor in (x, update))
+    tokens, update = (tensor.movedim(axes, (0, 1)).flatten(0, 1) for tensor in (x.to(update.dtype), update))
     put = tokens.index_put((rows.flatten(),), update)
     return put.unflatten(0, (x.shape[axes[0]], x.shape[axes[1]])).movedim((0, 1), axes)
 
@@ -117,7 +117,7 @@ def gate_exact(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch
 def gate_sigmoid(update: Tensor, x: Tensor, scores: Tensor, token_axis: int, batch_axis: int) -> Tensor:
     """The paper's gate: the block's change of a kept token is multiplied by the sigmoid of its score."""
     gate = lay_along(scores.sigmoid(), x, token_axis, batch_axis)
-    return x + gate.to(update.dtype) * (update - x)
+    return (x + gate.to(update.dtype) * (update - x)).to(update.dtype)
 
 
 def add_share(x: Tensor, share: Tensor, after: Tensor, before: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def add_share(x: Tensor, share: Tensor, after: Tensor, before: Tensor) -> Tensor
     """
     if not (x.is_floating_point() or x.is_complex()):
         return x
-    return x + 2 * share.to(device=x.device, dtype=x.dtype) * (after / 2 - before / 2)
+    return x + 2 * share.to(device=x.device, dtype=x.dtype) * (after / 2 - before / 2).to(x.dtype)
 
 
 def call_block(block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -64,7 +64,7 @@ class Call:
     """One call of one module: its bound arguments and its output, with a :class:`TensorInfo` for each tensor.
 
     in_order: how many calls ended before it. attends: whether it multiplied activations with activations, as attention does.
-    num_operators: how many operators it ran.
+    num_operators: how many operators it ran. writes: whether it put other leaves into the lists and dictionaries it was given.
     """
 
     fqn: str
@@ -73,6 +73,7 @@ class Call:
     in_order: int
     attends: bool = True
     num_operators: int = 0
+    writes: bool = False
 
 
 @dataclass(frozen=True)

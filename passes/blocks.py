@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..arguments import iterate_leaves, map_leaves
+from ..arguments import iterate_leaves, leaf_name, map_leaves
 from ..context import ContextGraph
 from ..plan import BlockPlan, Refusal, Site
 from ..settings import fingerprint, setting, settings_of
@@ -201,6 +201,7 @@ class _Search:
                 log.info("%s is not like its neighbours, though only its place in the stack differs", fqn)
         block = BlockAnalysis(module, fqn, call, self.analysis.config, is_branch=caller is not None, layout=layout)
         try:
+            _check_call(call)
             if caller is not None:
                 prove_added(self._graph_of(caller), fqn.removeprefix(f"{caller}."))
             block = run_passes((self.export_block, *BLOCK_PASSES[1:]), block)
@@ -285,6 +286,16 @@ def _contains(outer: str, inner: str) -> bool:
 
 def _is_stream(leaf: Any) -> bool:
     return isinstance(leaf, TensorInfo) and len(leaf.shape) >= 2 and leaf.dtype.is_floating_point
+
+
+def _check_call(call: Call) -> None:
+    """Refuses a block that gives more than the tensors it returns: its caller would miss that of a routed one."""
+    if call.writes:
+        raise Refused("it writes into the lists or dictionaries that it is given")
+    for path, leaf in iterate_leaves(call.output):
+        if leaf is not None and not isinstance(leaf, TensorInfo):
+            place = f" at {leaf_name(path)}" if path else ""
+            raise Refused(f"it returns {type(leaf).__name__}{place} beside tensors")
 
 
 def _streams(call: Call) -> set[tuple[int, ...]]:

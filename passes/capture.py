@@ -100,7 +100,7 @@ class _Run:
         self.tracker = SinusoidTracker()
         self.output: Any = None
         self._known: dict[int, Tensor] = {}
-        self._started: list[tuple[int, int, int]] = []
+        self._started: list[tuple[int, int, int, dict[Path, int]]] = []
 
     def execute(self) -> None:
         with dry_run(self.model, fake=self.fake) as convert:
@@ -126,19 +126,23 @@ class _Run:
 
     def _before(self, counter: FlopCounterMode) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._started.append((counter.get_total_flops(), attention_flops(counter), self.tracker.num_operators))
+            given = _identities(bind_arguments(positional_names(type(module)), args, kwargs))
+            self._started.append(
+                (counter.get_total_flops(), attention_flops(counter), self.tracker.num_operators, given)
+            )
 
         return hook
 
     def _after(self, fqn: str, counter: FlopCounterMode) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            total, attending, operators = self._started.pop()
+            total, attending, operators, given = self._started.pop()
             self.flops[fqn] = self.flops.get(fqn, 0) + counter.get_total_flops() - total
             attends = attention_flops(counter) > attending
             bound = bind_arguments(positional_names(type(module)), args, kwargs)
             order = sum(map(len, self.calls.values()))
             operators = self.tracker.num_operators - operators
-            call = Call(fqn, map_leaves(self._info, bound), map_leaves(self._info, output), order, attends, operators)
+            arguments, result = map_leaves(self._info, bound), map_leaves(self._info, output)
+            call = Call(fqn, arguments, result, order, attends, operators, writes=_identities(bound) != given)
             self.calls.setdefault(fqn, []).append(call)
 
         return hook
@@ -152,6 +156,11 @@ class _Run:
         if value is not None and value.is_meta:
             value = None
         return TensorInfo(tuple(leaf.shape), leaf.dtype, value)
+
+
+def _identities(bound: dict[str, Any]) -> dict[Path, int]:
+    """Which object each leaf of a bound call is."""
+    return {path: id(leaf) for path, leaf in iterate_leaves(bound)}
 
 
 def _double_single_batch(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..arguments import Path, bind_arguments, iterate_leaves, map_leaves, positional_names, signature_of
@@ -26,6 +27,7 @@ from ..config import DiffCRConfig
 from ..errors import UnsupportedError
 from ..guards import Guards
 from ..routed import routing_of
+from ..settings import settings_of
 from .analysis import Call, Refused, TensorInfo
 from .block import BlockAnalysis, as_meta
 from .export import export_block, guards_of
@@ -87,12 +89,14 @@ def outline_flat(model: nn.Module, call: Call, batch_axes: dict[Path, int]) -> F
     run = type(fx.GraphModule(_with_blocks(model, holder), graph)).forward
     model.add_module(BLOCKS, holder.train(model.training))
     guards = guards_of(block, batch_axes or {path: 0 for path, _ in block.call_leaves})
-    forward = _flat_forward(type(model), run, block.call, guards)
+    forward = _flat_forward(type(model), run, block.call, guards, _settings(model))
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
     return Flat(model, forward)
 
 
-def _flat_forward(kind: type[nn.Module], run: Callable[..., Any], call: Call, guards: Guards) -> Callable[..., Any]:
+def _flat_forward(
+    kind: type[nn.Module], run: Callable[..., Any], call: Call, guards: Guards, settings: object
+) -> Callable[..., Any]:
     """The forward to bind: the graph's where a block routes, or may be seen to; else the original."""
     base, names, known = kind.forward, positional_names(kind), _fixed(call.arguments)
 
@@ -115,6 +119,11 @@ def _flat_forward(kind: type[nn.Module], run: Callable[..., Any], call: Call, gu
                 f"with {', '.join(bound)}, or with other values of its flags and numbers. Restore it and transform it with "
                 "example_inputs of this kind."
             )
+        if not torch.compiler.is_compiling() and _settings(self) != settings:
+            raise UnsupportedError(
+                f"the graph of {type(self).__name__} holds what was set on it, and its dtypes, when it was transformed, and has "
+                "changed since. Restore it and transform it anew, or put back what it was."
+            )
         tensors = [leaf for _, leaf in iterate_leaves(bound) if isinstance(leaf, Tensor)]
         if not guards.hold(tensors):
             raise UnsupportedError(
@@ -131,6 +140,14 @@ def _fixed(bound: dict[str, Any]) -> Any:
     """What the graph is written for in a call: ranks of tensors, and the values of all else."""
     values = [leaf for _, leaf in iterate_leaves(bound) if not isinstance(leaf, Tensor | TensorInfo | None)]
     return signature_of(map_leaves(as_meta, bound)), values
+
+
+def _settings(model: nn.Module) -> object:
+    """What its graph holds of a model beside weights: settings of its modules (but for integers, which may count calls), dtypes."""
+    parts = [part for name, part in model.named_modules() if name.partition(".")[0] != BLOCKS]
+    dtypes = tuple(parameter.dtype for part in parts for parameter in part.parameters(recurse=False))
+    settings = (settings_of(part, positions=False, wrappers=False) for part in parts)
+    return tuple(tuple(pair for pair in own if pair[0] != "forward") for own in settings), dtypes
 
 
 def _graph_on_model(block: BlockAnalysis) -> fx.Graph:

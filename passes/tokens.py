@@ -6,14 +6,15 @@ with the stream; one that is a sum holding it is a joint sequence, whose order t
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterator
 from dataclasses import replace
 
 import sympy
 from torch import fx
 
-from ..arguments import leaf_name
-from ..plan import LeafPlan, OutputPlan, Size, StatePlan, TokenAxis
+from ..arguments import Path, leaf_name
+from ..plan import PLACEHOLDERS, LeafPlan, OutputPlan, Size, StatePlan, TokenAxis
 from .analysis import NotJoined, Refused, TensorInfo
 from .block import BlockAnalysis
 from .residual import residual_sources
@@ -64,6 +65,7 @@ def _free_fixed_batch(block: BlockAnalysis, size: int) -> BlockAnalysis:
 def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``leaves`` and ``outputs``. Refuses an axis that holds the token count in a product or quotient."""
     names = _axis_names(block)
+    placeholders = _placeholder_names([path for path, _ in block.call_leaves])
     leaves = []
     for index, (path, leaf) in enumerate(block.call_leaves):
         dims = block.leaf_dims[index]
@@ -72,9 +74,21 @@ def plan_leaves(block: BlockAnalysis) -> BlockAnalysis:
         )
         batch_axis = dims.index(block.batch) if block.batch in dims else None
         text = tuple(_axis_text(size, names) for size in dims)
-        leaves.append(LeafPlan(path, leaf_name(path), isinstance(leaf, TensorInfo), text, axes, batch_axis))
+        leaves.append(LeafPlan(path, placeholders[index], isinstance(leaf, TensorInfo), text, axes, batch_axis))
     outputs = tuple(_plan_output(block, output, names) for output in block.graph_outputs)
     return replace(block, leaves=tuple(leaves), outputs=outputs)
+
+
+def _placeholder_names(paths: list[Path]) -> list[str]:
+    """A name for each leaf in the graphs of its block: of its own, and no word of Python."""
+    taken, names = {*PLACEHOLDERS, "kept"}, []
+    for path in paths:
+        name = leaf_name(path)
+        while keyword.iskeyword(name) or not taken.isdisjoint((name, f"{name}_kept")):
+            name += "_"
+        names.append(name)
+        taken |= {name, f"{name}_kept"}
+    return names
 
 
 def plan_state(block: BlockAnalysis, dims: tuple[sympy.Expr, ...], name: str) -> StatePlan:

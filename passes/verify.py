@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,12 @@ from .tokens import plan_leaves
 BATCH = 3
 NUM_TOKENS = 11
 NUM_KEPT = 5
+FEW_KEPT = 2
+"""Fewer than the batch: a form that takes the kept tokens' axis for the samples' shows."""
+
+MERGES = 8
+"""So many ways of taking sizes for one another are proved, and all of them at once."""
+
 DRAWS = 20
 LENGTHS = (7, 13, 17, 19, 23, 29)
 """Sizes of the proof: all different, and different from usual widths and head counts."""
@@ -62,18 +69,16 @@ def prove_block(block: BlockAnalysis) -> BlockAnalysis:
     """Fill in ``plan``: the first form of lifting that the proof accepts. Refuses the block where none does.
 
     Export may leave two sizes apart that are one (a view with a free size in between): where the proof fails, lengths that
-    were equal to the tokens', or sizes equal to the batch's, in the captured call are taken for the same and proved anew.
+    were equal to the tokens', or sizes equal to the batch's, in the captured call are taken for the same and proved anew; as few
+    of them as will do, for others may be equal by chance (a text as long as the picture).
     """
     try:
         return _prove(block)
-    except Refused as refused:
-        merged = _merge_equal_sizes(block)
-        if merged is None:
-            raise
-        try:
-            return _prove(plan_leaves(merged))
-        except Refused:
-            raise refused from None
+    except Refused:
+        for merged in _merge_equal_sizes(block):
+            with contextlib.suppress(Refused):
+                return _prove(plan_leaves(merged))
+        raise
 
 
 def _prove(block: BlockAnalysis) -> BlockAnalysis:
@@ -91,6 +96,8 @@ def _prove(block: BlockAnalysis) -> BlockAnalysis:
         plan = block.draft_plan(form)
         try:
             error = trial.check_program(plan)
+            if form == "inserted axis":
+                error = max(error, trial.check_program(plan, FEW_KEPT))
             return replace(block, plan=replace(plan, error=error, in_place=trial.writes_into_tokens()))
         except Exception as error:  # a form that does not fit raises whatever the block's code does
             failures.append(f"{form}: {first_line(error)}")
@@ -106,8 +113,8 @@ def _check_range(block: BlockAnalysis) -> None:
         raise Refused(f"it does something else beyond {allowed.upper} tokens (windows, or a table of fixed length)")
 
 
-def _merge_equal_sizes(block: BlockAnalysis) -> BlockAnalysis | None:
-    """The block with every symbol of the tokens' (or the batch's) captured size taken for it; None where there is none."""
+def _merge_equal_sizes(block: BlockAnalysis) -> Iterator[BlockAnalysis]:
+    """The block with one symbol of the tokens' (or the batch's) captured size taken for it, with two, and so on to all of them."""
     sizes = block.captured_sizes
     names = {
         symbol: target
@@ -115,9 +122,14 @@ def _merge_equal_sizes(block: BlockAnalysis) -> BlockAnalysis | None:
         for symbol, size in sizes.items()
         if size == sizes[target] and symbol not in (block.token, block.batch)
     }
-    if not names:
-        return None
-    return replace(block, leaf_dims=tuple(tuple(size.xreplace(names) for size in dims) for dims in block.leaf_dims))
+    few = itertools.islice(_subsets(list(names)), MERGES)
+    for chosen in dict.fromkeys([*few, *([tuple(names)] if names else [])]):
+        merged = {symbol: names[symbol] for symbol in chosen}
+        yield replace(block, leaf_dims=tuple(tuple(size.xreplace(merged) for size in dims) for dims in block.leaf_dims))
+
+
+def _subsets(symbols: list[sympy.Symbol]) -> Iterator[tuple[sympy.Symbol, ...]]:
+    return itertools.chain.from_iterable(itertools.combinations(symbols, count) for count in range(1, len(symbols) + 1))
 
 
 class Trial:
@@ -130,12 +142,12 @@ class Trial:
         self.batch = BATCH if block.fixed_batch != BATCH else BATCH + 1
         self._draw(self.batch, self._within(block.token, NUM_TOKENS))
 
-    def _draw_router(self, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    def _draw_router(self, plan: BlockPlan, num_kept: int) -> tuple[Tensor, Tensor]:
         """A router by which every sample keeps other tokens, and those (B, K); two alike come by chance, once in 150 draws."""
         for _ in range(DRAWS):
             weight = self._normal(plan.width)
             scores = score_tokens(self.values[plan.stream], weight, plan.token_axis, plan.batch_axis)
-            kept = select_tokens(scores, NUM_KEPT)
+            kept = select_tokens(scores, num_kept)
             if len(set(map(tuple, kept.tolist()))) == self.batch:
                 return weight, kept
         raise Refused("the proof's samples keep the same tokens")
@@ -275,11 +287,11 @@ class Trial:
         return given if wide or not given.is_floating_point() else torch.zeros_like(given)
 
     @torch.no_grad()
-    def check_program(self, plan: BlockPlan) -> float:
+    def check_program(self, plan: BlockPlan, num_kept: int = NUM_KEPT) -> float:
         """The program at batch three equals the per-sample loop; returns the largest relative error."""
         program = write_program(plan, DiffCRConfig())
-        weight, kept = self._draw_router(plan)
-        routed, _ = program(self._call, weight, NUM_KEPT, self.values)
+        weight, kept = self._draw_router(plan, num_kept)
+        routed, _ = program(self._call, weight, num_kept, self.values)
         results = [leaf for _, leaf in iterate_leaves(routed) if isinstance(leaf, Tensor)]
         worst = 0.0
         for sample in range(self.batch):

@@ -765,7 +765,46 @@ def test_sums_written_in_place_are_not_lost() -> None:
     assert bool(sums.any())
 
 
+class Numbered(Block):
+    """Returns a number beside its tokens."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:  # type: ignore[override]
+        return super().forward(x), 0.5
+
+
+class NumberedDenoiser(Denoiser):
+    def run(self, x: Tensor, cond: Tensor, side: dict[str, Any]) -> Tensor:
+        for block in self.blocks:
+            x, share = block(x)
+            x = x * share
+        return x
+
+
+class Noting(Block):
+    """Puts its result into a dictionary that it is given."""
+
+    def forward(self, x: Tensor, notes: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        notes["last"] = super().forward(x)
+        return notes["last"]
+
+
+class NotingDenoiser(Denoiser):
+    def run(self, x: Tensor, cond: Tensor, side: dict[str, Any]) -> Tensor:
+        notes = {"last": x}
+        for block in self.blocks:
+            x = block(x, notes)
+        return notes["last"]
+
+
 REFUSED = {
+    "a number beside the tokens": (
+        Case(lambda: NumberedDenoiser([Numbered() for _ in range(3)])),
+        ("it returns float at 1 beside tensors",),
+    ),
+    "a dictionary that is written into": (
+        Case(lambda: NotingDenoiser([Noting() for _ in range(3)])),
+        ("it writes into the lists or dictionaries",),
+    ),
     "positions from the length": (stack(LengthRotary), ("positions made from the length",)),
     "shifted windows": (stack(ShiftedWindows), ("window",)),
     "depthwise convolution over the grid": (stack(DepthwiseGrid), ("convolution", "grid")),

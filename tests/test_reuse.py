@@ -521,6 +521,30 @@ def test_a_stream_that_blocks_widen_under_autocast_is_widened_where_they_route(
             )
 
 
+class Narrowing(Block):
+    """Casts a float32 stream to its weights' dtype."""
+
+    def forward(self, x: Tensor, cond: Tensor, rope: Any = None, mask: Tensor | None = None) -> Tensor:
+        dtype = self.stream.out.weight.dtype
+        return super().forward(x.to(dtype), cond.to(dtype), rope, mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"gate": "sigmoid"}, {"skip": "reuse"}], ids=str)
+def test_a_stream_that_blocks_narrow_is_narrowed_where_they_route(options: dict[str, Any]) -> None:
+    shape = Shape("plain", depth=2, heads=2, head_dim=6)
+    plain = TinyDiT(shape).eval()
+    plain.blocks = nn.ModuleList(Narrowing(shape) for _ in range(shape.depth)).eval().to(torch.bfloat16)
+    plain.head.to(torch.bfloat16)
+    inputs = {name: tiny_inputs(shape)[name] for name in ("x", "timestep")}
+    model = diffcr_compile.transform(plain, DiffCRConfig(**options), example_inputs=inputs)
+    diffcr_compile.set_ratios(model, 0.5)
+    for timestep in STEPS[:3]:
+        output = model(inputs["x"], torch.full_like(inputs["timestep"], timestep))
+        assert output.dtype == torch.bfloat16
+        assert output.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_updates_are_remembered_in_the_dtype_asked_for(dtype: str) -> None:
     """A skipped token takes its last update to the bit, rounded to that dtype; ``cost`` counts its bytes."""

@@ -8,6 +8,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -582,3 +583,35 @@ def test_per_token_timesteps_take_the_largest() -> None:
         found, dense = model(**inputs), _plain("per-token timesteps")(**inputs)
     assert relative_error(found[[0, 2]], dense[[0, 2]]) < TOLERANCE
     assert relative_error(found[1], dense[1]) > 1e-3
+
+
+class NamesBlock(Block):
+    """Arguments with the names that routed programs have for their own inputs, and words of Python."""
+
+    def forward(self, x: Tensor, memory: Tensor, k: Tensor, *, kept: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(x, memory) + 0.1 * k.unsqueeze(1) + 0.1 * (kept["a-b"] + kept["a_b"]).unsqueeze(1)
+
+
+class NamesDenoiser(Denoiser):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x, cond = self.embed(x), self.time(sinusoids(timestep, WIDTH))
+        for block in self.blocks:
+            x = block(x, cond, cond.flip(-1), kept={"a-b": cond.square(), "a_b": cond.sin()})
+        return self.head(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"context": "all"}, {"skip": "reuse"}], ids=str)
+def test_arguments_may_have_any_names(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    models = [NamesDenoiser(NamesBlock).eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    inputs = {"x": torch.randn(BATCH, TOKENS, CHANNELS), "timestep": torch.full((BATCH,), 500.0)}
+    model = diffcr_compile.transform(models[0], diffcr_compile.DiffCRConfig(**options), example_inputs=inputs)
+    assert [site.fqn for site in diffcr_compile.explain(model).plan.sites] == [f"blocks.{layer}" for layer in range(3)]
+    diffcr_compile.set_ratios(model, 0.5)
+    diffcr_compile.save(model, tmp_path)
+    loaded = diffcr_compile.load(models[1], tmp_path)
+    for timestep in (900.0, 500.0):
+        inputs["timestep"].fill_(timestep)
+        assert same_bits(loaded(**inputs), model(**inputs))

@@ -54,6 +54,11 @@ def test_one_call_has_one_form_however_it_is_written() -> None:
     assert [list(one.items()) for one in bound] == [[("a", 1), ("b", 2), ("c", 4), ("d", 3)]] * 3
 
 
+def test_a_dictionary_of_inputs_is_put_in_the_forwards_order() -> None:
+    inputs = {"d": 4, "b": 2, "a": 1}
+    assert list(bind_inputs(call, inputs).items()) == [("a", 1), ("b", 2), ("d", 4)]
+
+
 def test_an_argument_given_twice_is_refused_as_in_a_call() -> None:
     model, x = torch.nn.Linear(2, 2), torch.zeros(1, 2)
     assert bind_inputs(model, ((x,), {})) == bind_inputs(model, ((), {"input": x})) == {"input": x}

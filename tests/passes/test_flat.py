@@ -152,6 +152,30 @@ def test_copies_costs_and_other_calls() -> None:
         model(**inputs(1), scale=0.5)
 
 
+class Gained(FlatDiT):
+    gain = 1.0
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, timestep, self.gain)
+
+
+@torch.no_grad()
+def test_what_the_graph_holds_of_the_model_may_not_change() -> None:
+    model = Gained().eval()
+    model.gain = 1.5
+    diffcr_compile.transform(model, example_inputs=inputs())
+    diffcr_compile.set_ratios(model, 0.5)
+    expected = copy.deepcopy(model)(**inputs(1))
+    model.gain = 3.0
+    with pytest.raises(diffcr_compile.UnsupportedError, match="holds what was set on it"):
+        model(**inputs(1))
+    model.gain = 1.5
+    assert same_bits(model(**inputs(1)), expected)
+    narrow = {name: value.bfloat16() for name, value in inputs(1).items()}
+    with pytest.raises(diffcr_compile.UnsupportedError, match="and its dtypes"):
+        model.to(torch.bfloat16)(**narrow)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_number_that_the_graph_holds_may_not_change(ratio: float) -> None:

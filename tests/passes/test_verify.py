@@ -54,6 +54,29 @@ def test_the_first_form_that_holds_is_taken(forward: Callable[..., Any], tables:
     assert 0 <= proved.error < TOLERANCE
 
 
+def cut_table(self: Hand, x: Tensor, rope: Tensor) -> Tensor:
+    """The table (N, D) is cut by length: with a batch axis in front, the samples are."""
+    return x + self.attend(x * (1 + rope[: x.shape[1]]))
+
+
+def cut_table_and_text(self: Hand, x: Tensor, text: Tensor, rope: Tensor) -> Tensor:
+    """And attention to a text of its own length."""
+    x = cut_table(self, x, rope)
+    q, k, v = self.heads(x)[0], *(part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (text, text.flip(-1)))
+    return x + self.join(F.scaled_dot_product_attention(q, k, v))
+
+
+def test_samples_are_not_cut_where_there_are_more_of_them_than_kept_tokens() -> None:
+    assert prove(cut_table, x=draw(), rope=draw(N, D)).lift == "vmap"
+
+
+@pytest.mark.parametrize("length", [N, N + 2], ids=["as long as the picture", "of another length"])
+def test_a_text_does_not_follow_the_tokens_for_being_as_long(length: int) -> None:
+    plan = prove(cut_table_and_text, x=draw(), text=draw(B, length, D), rope=draw(N, D))
+    follows = {leaf.name: [axis.axis for axis in leaf.token_axes] for leaf in plan.leaves}
+    assert follows == {"x": [1], "text": [], "rope": [0]}
+
+
 def positions_from_length(self: Hand, x: Tensor) -> Tensor:
     return x + self.attend(x + torch.arange(x.shape[1]).view(1, -1, 1).float())
 
