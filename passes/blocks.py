@@ -166,6 +166,11 @@ class _Search:
             if not as_branch:
                 self._refuse(module, fqn, _NESTED)
             return False
+        if as_branch and self._is_shared(module):
+            log.info(
+                "%s stays dense: several modules hold it, and each would have to add its output to the tokens", fqn
+            )
+            return False
         caller = self._caller(fqn) if as_branch else None
         for call in self.analysis.calls[fqn]:
             key = (_family_key(module, call), None if caller is None else self._key_in_caller(fqn, caller), layout)
@@ -222,6 +227,10 @@ class _Search:
             if name in self.analysis.calls:
                 return name
         return ""
+
+    def _is_shared(self, module: nn.Module) -> bool:
+        """Whether several modules hold it: a branch is proved in one caller."""
+        return sum(module is child for holder in self._modules.values() for child in holder.children()) > 1
 
     def _key_in_caller(self, fqn: str, caller: str) -> Any:
         return fqn.removeprefix(f"{caller}."), _family_key(self._modules[caller], self.analysis.calls[caller][0])

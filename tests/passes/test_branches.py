@@ -118,3 +118,11 @@ def test_at_ratio_one_the_branch_is_zero(pair: tuple[Trunk, nn.Module]) -> None:
 def test_what_is_not_just_added_is_refused(join: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(diffcr_compile.BlockNotFoundError, match="Attention"):
         diffcr_compile.transform(Trunk(join).eval(), example_inputs=inputs())
+
+
+def test_a_branch_that_another_module_holds_too_stays_dense() -> None:
+    """The other may do something else with its output than add it."""
+    model = Trunk(add).eval()
+    model.layers[1].attention, model.layers[1].join = model.layers[0].attention, replace
+    with pytest.raises(diffcr_compile.BlockNotFoundError, match="Attention"):
+        diffcr_compile.transform(model, example_inputs=inputs())
