@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import os
 import sys
@@ -88,12 +89,14 @@ class CalibrationReport:
             ),
             "ratio of skipped tokens, one row per timestep region from clean to noisy, one column per block:",
         ]
-        for row, flops in zip(self.table, self.region_flops, strict=True):
-            lines.append(
-                "  "
-                + " ".join(f"{value:4.2f}" for value in row)
-                + f"   {flops / self.dense_flops:6.1%} of FLOPs, {1 - float(row.mean()):6.1%} of tokens"
-            )
+        rows = [
+            " ".join(f"{value:4.2f}" for value in row)
+            + f"   {flops / self.dense_flops:6.1%} of FLOPs, {1 - float(row.mean()):6.1%} of tokens"
+            for row, flops in zip(self.table, self.region_flops, strict=True)
+        ]
+        for text, alike in itertools.groupby(rows):
+            count = len(list(alike))
+            lines.append(f"  {text}" + (f"   ({count} regions)" if count > 1 else ""))
         for name, error in sorted(self.trials.items(), key=lambda item: item[1]):
             lines.append(f"tried: {name}: error {error:.2e}")
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.diagnostics)])

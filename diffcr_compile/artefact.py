@@ -57,9 +57,10 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overflow
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a transformed model's routing to the directory ``path``: plan, table and routers, not the model's weights.
 
-    A routing that was there is replaced, in one step: a failure leaves it, or the new one. Other files there are let be. Of a model
-    that FSDP2 has sharded all processes must save; the first one writes. Raises NotTransformedError, CaptureError (blocks not
-    looked for yet), ArtefactError where ``path`` exists and is no such directory.
+    Weights that ``calibrate`` trained are saved as those of any model (``save_pretrained``, safetensors), and loaded before
+    ``load``. A routing that was there is replaced, in one step: a failure leaves it, or the new one. Other files there are let be.
+    Of a model that FSDP2 has sharded all processes must save; the first one writes. Raises NotTransformedError, CaptureError
+    (blocks not looked for yet), ArtefactError where ``path`` exists and is no such directory.
     """
     model = unwrap(model)
     state = settle(model)

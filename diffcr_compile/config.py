@@ -140,6 +140,8 @@ class DiffCRConfig(_Options):
     timestep_argument: name of the model's timestep input; None: found by dataflow.
     timestep_range: (lowest, highest) timestep value of the training process; None: from the constant the model
         multiplies the timestep by before its sinusoidal embedding.
+
+    Raises ValueError, naming the option, for a value outside its range, and for options that don't go together.
     """
 
     num_regions: OrNone[int] = _RESOLVED
@@ -253,9 +255,10 @@ class CalibrationConfig(_Options):
         time at the price of one sampling, >= 0 (default 60; with reuse, and where the sampler can be told from the batches).
     accumulation: batches whose gradients make one step, >= 1.
     checkpoint_every: steps between two checkpoints, >= 1, where ``calibrate`` is given a place for them.
-    learning_rate: of the model's weights (the paper: 1e-4, AdamW), at the start; it falls linearly to zero.
+    learning_rate: of the model's weights (the paper: 1e-4, AdamW), > 0, at the start; it falls linearly to zero.
     router_learning_rate: of the routers, likewise.
-    ratio_learning_rate: largest move of a ratio in one step away from what the budget's schedule asks of all.
+    ratio_learning_rate: largest move of a ratio, in shares of the tokens, in one step away from what the budget's schedule asks of
+        all, > 0.
     shrink: whether the timestep regions' gradients are drawn towards their mean, as far as they differ by noise (James and Stein
         1961; the default), or each region follows its own alone (the paper, and its preset).
     weight_decay: of the model's weights, >= 0 (the paper: 3e-2).
@@ -263,10 +266,13 @@ class CalibrationConfig(_Options):
         share to the target, in [0, 1].
     settle: share of the steps (default 0.25, or what ``ramp`` leaves), at the end, in which the snapped table is fixed and the rest
         goes on learning, in [0, 1]; at 1 the table stays as ``set_ratios`` left it (a uniform one: Mixture of Depths).
-    max_grad_norm: gradients of weights and routers are clipped to this norm; infinite: not at all.
+    max_grad_norm: gradients of weights and routers are clipped to this norm, > 0; infinite: not at all.
     warm_start: fit each router by ridge regression on what its block does to each token before learning.
-    tolerance: the table's FLOPs end within this share of the budget, and never above it.
+    tolerance: the table's FLOPs, as the mean over the regions, end within this share of the budget (relative, > 0), and never above
+        it; with reuse the dense first step of a sampling comes on top where the table is learned.
     seed: of the order of the batches, of the adapters' start and of what is swapped, in [0, 2**32).
+
+    Raises ValueError, naming the option, for a value outside its range.
     """
 
     preset: Preset = "default"

@@ -31,12 +31,13 @@ _SAMPLED_RATIOS = (250, 500, 750)
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one forward (a multiplication and an addition count as two).
+    """FLOPs of one forward of the example's whole batch (a multiplication and an addition count as two).
 
-    dense_flops: of the model at ratio zero. routed_flops: of the table's row of each timestep region. memory_bytes: what
-    ``skip="reuse"`` remembers of one trajectory (twice that with guidance in two calls); 0 without. share: the mean of
-    routed_flops over the regions, as a share of dense_flops. The router's own products (N D a block) are not matrix products
-    and are not counted, nor are gathers.
+    dense_flops: of the model at ratio zero. routed_flops: of the table's row of each timestep region, from clean to noisy.
+    memory_bytes: what ``skip="reuse"`` remembers of one trajectory (twice that with guidance in two calls); 0 without. share: the
+    mean of routed_flops over the regions, as a share of dense_flops; a sampler weighs regions by its steps
+    (``CalibrationReport.sampler_share``). The router's own products (N D a block) are not matrix products and are not counted, nor
+    are gathers.
     """
 
     dense_flops: int
@@ -45,6 +46,7 @@ class Cost:
 
     @property
     def share(self) -> float:
+        """Mean over the regions of the share of the dense FLOPs, in (0, 1]."""
         return sum(self.routed_flops) / len(self.routed_flops) / self.dense_flops
 
 

@@ -63,8 +63,9 @@ class FamilyExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is routed in a model and what is not. table: float32 (num_regions, num_blocks). router: what the routers see;
-    selection: whether they are asked."""
+    """What is routed in a model and what is not. model: its class. plan: blocks, axes and reasons as data. families: of blocks
+    that are alike. table: float32 (num_regions, num_blocks), shares of the tokens that skip. trained: whether routers and table
+    come of a calibration. router: what the routers see; selection: whether they are asked."""
 
     model: str
     plan: ModelPlan

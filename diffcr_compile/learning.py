@@ -25,8 +25,9 @@ from .unwrap import unwrap
 class Learnable:
     """What an optimiser may move beside the model's own weights.
 
-    ratios: float32 CPU leaf (num_regions, num_blocks), the masters of the table; the same tensor each time. routers: one
-    vector (D,) per block, in the order of the columns; (num_regions, D) where they see the timestep.
+    ratios: float32 CPU leaf (num_regions, num_blocks), shares of the tokens that skip, in [0, 1], the masters of the table; the
+    same tensor each time. routers: one vector (D,) per block, of the model's dtype, in the order of the columns; (num_regions, D)
+    where they see the timestep.
     """
 
     ratios: Tensor
@@ -44,10 +45,10 @@ def learning(model: nn.Module, *, estimator: Estimator = "two-bin") -> Iterator[
     force, and ``ratios(model)``, are its nearest bins. With ``skip="reuse"`` a trainer of one's own has no memory, and skipped
     tokens bypass their block; ``calibrate`` fills one before each forward.
 
-    estimator: ``"two-bin"`` (the paper): each block runs at both neighbouring bins and their outputs are mixed; ``"single-pass"``:
-    it runs at the larger one, and the tokens that the smaller leaves out get a share of their update.
-    Raises ValueError for another estimator; UnsupportedError under ``torch.inference_mode``; NotTransformedError; CaptureError
-    where the blocks have not been looked for yet.
+    estimator: ``"two-bin"`` (the paper, and the default here; ``calibrate``'s is the other): each block runs at both neighbouring
+    bins and their outputs are mixed; ``"single-pass"``: it runs at the larger one, and the tokens that the smaller leaves out get a
+    share of their update. Raises ValueError for another estimator; UnsupportedError under ``torch.inference_mode``;
+    NotTransformedError; CaptureError where the blocks have not been looked for yet.
     """
     check_choice("estimator", estimator, ESTIMATORS)
     model = unwrap(model)
@@ -78,7 +79,7 @@ def budget_loss(model: nn.Module, budget: float | Tensor | np.ndarray | np.gener
     """Squared distance of the expected share of the dense FLOPs from ``budget``: differentiable, () float32 on the CPU.
 
     Between bins the share is mixed as the outputs are. budget: in (0, 1], a number, or a tensor or array of one.
-    Raises ValueError, NotTransformedError.
+    Raises ValueError, NotTransformedError, CaptureError where the blocks have not been looked for yet.
     """
     target = check_budget(budget)
     model = unwrap(model)

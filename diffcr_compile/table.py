@@ -27,8 +27,9 @@ def ratios(model: nn.Module) -> Tensor:
 def set_ratios(model: nn.Module, values: float | Tensor | Sequence[Sequence[float]]) -> None:
     """Set the table: one ratio for all, or a (num_regions, num_blocks) table. Taken as given to the thousandth, not snapped.
 
-    values: share of the tokens that skip, in [0, 1]. Raises ValueError for values outside or another shape, TypeError for what is
-    no table of real numbers, and as ratios. Warns once where routers that nobody calibrated are made to route.
+    values: share of the tokens that skip, in [0, 1]; rows from clean to noisy and columns as ``ratios`` gives them. Raises
+    ValueError for values outside or another shape, TypeError for what is no table of real numbers, NotTransformedError, and
+    CaptureError where the blocks have not been looked for yet. Warns once where routers that nobody calibrated are made to route.
     """
     state = settle(unwrap(model), sync=False)  # masters that are no numbers are overwritten
     shape = (state.num_regions, len(state.blocks))

@@ -47,6 +47,12 @@ def test_the_text(report: CalibrationReport) -> None:
     ]
 
 
+def test_regions_that_are_alike_share_a_line(report: CalibrationReport) -> None:
+    table = report.table[[0, 0, 1, 0]]
+    lines = str(replace(report, table=table, region_flops=(800, 800, 394, 800))).splitlines()
+    assert [line.partition("tokens")[2] for line in lines[2:]] == ["   (2 regions)", "", ""]
+
+
 def test_the_picture(report: CalibrationReport, tmp_path: Path) -> None:
     figure = report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 1000

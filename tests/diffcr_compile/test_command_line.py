@@ -305,6 +305,12 @@ def test_version() -> None:
     assert run("--version").stdout.startswith("diffcr-compile, version ")
 
 
+def test_python_runs_the_package_too() -> None:
+    command = [sys.executable, "-m", "diffcr_compile", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.stdout.startswith("diffcr-compile, version "), found.stderr
+
+
 def test_verbose_shows_the_passes_and_the_traceback(config_only: Path) -> None:
     shown = run("explain", config_only, "--verbose")
     assert "find_blocks" in shown.stderr
