@@ -24,10 +24,11 @@ ExampleInputs = dict[str, Any] | tuple[tuple[Any, ...], dict[str, Any]]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def positional_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the parameters of ``kind.forward`` that may be given by position, without the first: the module."""
-    parameters = inspect.signature(kind.forward).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)[1:]
+def positional_names(owner: nn.Module | type[nn.Module]) -> tuple[str, ...]:
+    """Names of what ``owner.forward`` takes by position, without the module, which a class's takes first."""
+    parameters = inspect.signature(owner.forward).parameters.values()
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
+    return names[1:] if isinstance(owner, type) else names
 
 
 def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -45,11 +46,11 @@ def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
 def bind_inputs(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
     """The bound call of ``model.forward`` that ``example_inputs`` stand for. Raises TypeError for what is neither form, and for an
     argument that is given twice."""
-    if isinstance(inputs, dict):
-        return bind_arguments(positional_names(type(model)), (), inputs)
+    names = positional_names(model)
     match inputs:
+        case dict():
+            return bind_arguments(names, (), inputs)
         case (tuple() | list() as args, dict() as kwargs):
-            names = positional_names(type(model))
             twice = [name for name in names[: len(args)] if name in kwargs]
             if twice:
                 raise TypeError(

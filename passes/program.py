@@ -32,7 +32,7 @@ from torch import fx
 from .. import memory, primitives
 from ..arguments import map_leaves, unbind_arguments
 from ..config import DiffCRConfig
-from ..plan import BlockPlan, LeafPlan, TokenAxis
+from ..plan import PLACEHOLDERS, BlockPlan, LeafPlan, TokenAxis
 from ..routed import Program
 
 _GATES = {"exact": primitives.gate_exact, "sigmoid": primitives.gate_sigmoid}
@@ -60,9 +60,10 @@ class _Writer:
 
     def write(self) -> fx.Graph:
         plan = self.plan
-        block, router, k = (self.graph.placeholder(name) for name in ("block", "router", "k"))
+        *names, remembered = PLACEHOLDERS
+        block, router, k = map(self.graph.placeholder, names)
         if self.config.skip == "reuse":
-            self.memory = self.graph.placeholder("memory")
+            self.memory = self.graph.placeholder(remembered)
         self.leaves = [self.graph.placeholder(leaf.name) for leaf in plan.leaves]
         axes = (plan.token_axis, plan.batch_axis)
         scores = self._call("scores", primitives.score_tokens, self.leaves[plan.stream], router, *axes)

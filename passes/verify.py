@@ -44,7 +44,7 @@ FEW_KEPT = 2
 """Fewer than the batch: a form that takes the kept tokens' axis for the samples' shows."""
 
 MERGES = 8
-"""So many ways of taking sizes for one another are proved, and all of them at once."""
+"""So many ways of taking some equal sizes for one another are proved before that of all."""
 
 DRAWS = 20
 LENGTHS = (7, 13, 17, 19, 23, 29)
@@ -122,14 +122,10 @@ def _merge_equal_sizes(block: BlockAnalysis) -> Iterator[BlockAnalysis]:
         for symbol, size in sizes.items()
         if size == sizes[target] and symbol not in (block.token, block.batch)
     }
-    few = itertools.islice(_subsets(list(names)), MERGES)
-    for chosen in dict.fromkeys([*few, *([tuple(names)] if names else [])]):
-        merged = {symbol: names[symbol] for symbol in chosen}
+    parts = (part for count in range(1, len(names)) for part in itertools.combinations(names.items(), count))
+    for part in itertools.chain(itertools.islice(parts, MERGES), [names.items()] if names else []):
+        merged = dict(part)
         yield replace(block, leaf_dims=tuple(tuple(size.xreplace(merged) for size in dims) for dims in block.leaf_dims))
-
-
-def _subsets(symbols: list[sympy.Symbol]) -> Iterator[tuple[sympy.Symbol, ...]]:
-    return itertools.chain.from_iterable(itertools.combinations(symbols, count) for count in range(1, len(symbols) + 1))
 
 
 class Trial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -33,7 +34,13 @@ NAMES = ("a", "b")
 
 def test_positional_names_leave_the_module_out_however_it_is_called() -> None:
     assert positional_names(Module) == NAMES
-    assert positional_names(torch.nn.Linear) == ("input",)
+    assert positional_names(torch.nn.Linear) == positional_names(torch.nn.Linear(2, 2)) == ("input",)
+
+
+def test_inputs_are_those_of_a_forward_that_was_set_on_the_instance() -> None:
+    model, x = torch.nn.Identity(), torch.zeros(1, 2)
+    model.forward = types.MethodType(lambda module, tokens, timestep=0: tokens, model)  # type: ignore[method-assign]
+    assert bind_inputs(model, ((x, 5), {})) == {"tokens": x, "timestep": 5}
 
 
 @given(
